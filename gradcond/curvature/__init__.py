@@ -1,0 +1,1 @@
+"""Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
