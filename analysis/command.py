@@ -1,0 +1,99 @@
+"""What the commands share: errors a user can mend, files that appear whole or not at all, labels."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+class InputError(ValueError):
+    """Something the user handed in cannot be used; the text says what was expected, what came, what to do."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary name beside `path`; it becomes `path` when the block ends well and vanishes when not.
+
+    A reader therefore sees the old file or the new one, never half of one. Missing folders are created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_folder(path: Path) -> None:
+    """Refuse a folder that could not be written to, before anything long is computed; creates nothing.
+
+    Raises:
+        InputError: if `path`, or the nearest parent that exists, is a file or not writable.
+    """
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"expected a folder to write to, but {existing} is a file; name another folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"expected a folder to write to, but {existing} is read-only; name another folder")
+
+
+def to_json(value: Any) -> Any:
+    """Return `value` as strict JSON can hold it: tensors and arrays as lists, NaN and infinities as null.
+
+    >>> to_json({"kappa": float("inf"), "pair": (1, 2.5)})
+    {'kappa': None, 'pair': [1, 2.5]}
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str | int | float) or value is None:
+        return value
+    return str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as strict, indented JSON."""
+    text = json.dumps(to_json(value), indent=2, allow_nan=False)
+    with replacing(path) as file:
+        file.write(f"{text}\n".encode())
+
+
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write named arrays, as numpy.savez does."""
+    with replacing(path) as file:
+        np.savez(file, **dict[str, Any](arrays))
+
+
+def labels(paths: Sequence[Path], *, suffix: bool = False) -> list[str]:
+    """Return the shortest names that tell `paths` apart: the last part, or as many parents as it takes.
+
+    The suffix is kept only when asked for, or when two names would be the same without it.
+
+    >>> labels([Path("/a/sgd/last.pt"), Path("/a/bnp/last.pt")])
+    ['sgd/last', 'bnp/last']
+    """
+    whole = [path.resolve() for path in paths]
+    depth = max(len(path.parts) for path in whole)
+    for keep_suffix in (suffix, True):
+        parts = [path.parts if keep_suffix else path.with_suffix("").parts for path in whole]
+        for length in range(1, depth + 1):
+            names = ["/".join(part[-length:]) for part in parts]
+            if len(set(names)) == len(set(whole)):
+                return names
+    return [str(path) for path in paths]

@@ -1,0 +1,74 @@
+"""Figures that read at half size and in every kind of colour vision: colours, fonts, axes, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command import InputError, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito, "Color Universal Design", 2008, https://jfly.uni-koeln.de/color/; no yellow: faint on white
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FORMATS = (".png", ".pdf", ".svg")
+STYLE: Any = {
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.labelsize": 14,
+    "legend.fontsize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "svg.hashsalt": "gradcond",  # the same numbers give the same file
+}
+
+
+def require_picture(path: Path) -> None:
+    """Refuse a picture name of a format that cannot be drawn.
+
+    Raises:
+        InputError: if the suffix is none of FORMATS.
+    """
+    if path.suffix not in FORMATS:
+        raise InputError(f"a picture's name ends in {', '.join(FORMATS)}, got {path}")
+
+
+@contextmanager
+def panels(rows: int, columns: int, path: Path, **options: Any) -> Iterator[Any]:
+    """Give a figure and its (rows, columns) axes to draw on, and save it at `path`, format by suffix.
+
+    No pyplot: its list of figures is global, and grows.
+    """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.0 * columns, 4.6 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=_undated(path))
+
+
+def _undated(path: Path) -> dict[str, None]:
+    return {} if path.suffix == ".png" else {"CreationDate" if path.suffix == ".pdf" else "Date": None}
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Return the colour and dashes of the `index`-th method: the same at every call, 21 different ones."""
+    dashes = ("-", (0, (5, 1.5)), (0, (1, 1)))[index // len(COLORS) % 3]
+    return {"color": COLORS[index % len(COLORS)], "linestyle": dashes, "linewidth": 2.0}
+
+
+def legend_below(figure: Figure, axes: Axes, *, columns: int = 4) -> None:
+    """Put the legend of `axes` under the panels, where it covers no data."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)))
