@@ -3,10 +3,10 @@
     python analysis/convergence.py RUN... --out FILE.png [--smooth N]
 
 A RUN is a folder, named after its method, with metrics.csv (see metrics.py). Lines are means over seeds,
-bands reach from the smallest seed to the largest (drawn for training only). Where a seed has no value, because
-it diverged or ended early, there is no mean, and a cross ends the line of the loss. Beside the picture, FILE.npz
-holds the numbers: per method "METHOD/steps", and "METHOD/QUANTITY/mean", ".../min" and ".../max" for
-train_loss, train_accuracy and test_accuracy.
+bands reach from the smallest seed to the largest (drawn for training only). Where a seed has no value, as it
+diverged or ended early, there is no mean, and a cross ends the line of the loss. Beside the picture, FILE.npz
+has the numbers: per method "METHOD/steps", and "METHOD/QUANTITY/mean", ".../min" and ".../max" for the three
+quantities train_loss, train_accuracy and test_accuracy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The convergence command: curves and tables of runs, and one clear line for every input that cannot be drawn."""
+"""The convergence command: curves and tables of runs, and one clear line for every bad input."""
 
 import subprocess
 import sys
