@@ -83,14 +83,17 @@ def _read(path: Path) -> Any:
         raise InputError(f"no checkpoint file at {path}; expected a file that torch.save wrote")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+    except (
+        Exception
+    ) as error:  # damaged bytes fail anywhere: KeyError, IndexError, RuntimeError, EOFError, ...
+        text = str(error).lower()
+        if isinstance(error, pickle.UnpicklingError) and (
+            "unsupported global" in text or "unsupported class" in text
+        ):
             raise InputError(
                 f"{path} holds a pickled object, which could run code when read; expected tensors in plain "
                 'containers: save {"model": model.state_dict()}, not the model itself'
             ) from error
-        raise InputError(_damaged(path)) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError) as error:
         raise InputError(_damaged(path)) from error
 
 
