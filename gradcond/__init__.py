@@ -1,5 +1,30 @@
-"""Condition the gradients that any torch optimizer receives, and measure what that does to the Hessian."""
+"""Condition the gradients that any torch optimizer receives, and measure what that does to the Hessian.
+
+The analysis side is `gradcond.curvature`, imported on its own.
+"""
 
 from gradcond._version import __version__
+from gradcond.bnp import BNP
+from gradcond.centralization import GradientCentralization, WeightCentralization
+from gradcond.conditioner import Conditioner
+from gradcond.mean_shift import MeanShiftRejection, zero_mean_init_
+from gradcond.optimizer import ConditionedOptimizer, wrap
+from gradcond.preconditioner import Preconditioner, load_preconditioner
+from gradcond.report import Report
+from gradcond.standardization import WeightStandardization
 
-__all__ = ["__version__"]
+__all__ = [
+    "BNP",
+    "ConditionedOptimizer",
+    "Conditioner",
+    "GradientCentralization",
+    "MeanShiftRejection",
+    "Preconditioner",
+    "Report",
+    "WeightCentralization",
+    "WeightStandardization",
+    "__version__",
+    "load_preconditioner",
+    "wrap",
+    "zero_mean_init_",
+]

@@ -1,0 +1,182 @@
+"""Batch Normalization Preconditioning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradcond.conditioner import Conditioner, RowMap
+from gradcond.layers import Layer, Rows
+from gradcond.statistics import Moments, fold
+
+__all__ = ["BNP"]
+
+
+@dataclass
+class BNP(Conditioner):
+    r"""Train as if each layer's inputs were batch-normalized, with no layer added.
+
+    With running mean mu and variance sigma^2 of the layer's inputs, S = diag(sigma~^2) and
+
+        sigma~^2 = sigma^2 + eps_rel max(sigma^2) + eps,    q^2 = max(fan_in / n, 1),
+
+    each row [b, w] of the gradient is multiplied by M = P P^T, P = (1/q) [[1, -mu^T], [0, I]] diag(1, S^-1/2):
+
+        w <- (w - b mu) / (q^2 sigma~^2);    b <- b / q^2 - sum(w mu)    (the new w).
+
+    That is a gradient step on the weights of the normalized input (h - mu) / sigma~, mapped back. Without a
+    trainable bias M = (S + mu mu^T)^-1 / q^2, which is the restriction of the same metric to the weights; and
+    S^-1 / q^2 where a batch-norm layer follows directly, since it takes the mean out by itself. Convolutions
+    share mu_c and sigma_c among the taps of input channel c, and a row's sums run over its own group.
+
+    M is symmetric and positive definite, and without eps training does not depend on the scale and the offset
+    of any input. It needs the layer's inputs: those of the forward passes that made the gradient, in training
+    mode, merged over micro-batches, folded once per step as total variance, so that batches of one work.
+
+    Args:
+        decay: of the running mean and variance; 0 uses the step's own rows only.
+        eps_rel: relative damping: variances are equalized up to a factor (1 + eps_rel) / eps_rel.
+        eps: absolute damping, in squared input units.
+        scale: n of q^2: "rows", samples times output positions; "batch", samples; None, q^2 = 1.
+        start: of the averages: "debias", "first_batch" or "paper" (mean 0, variance 1), see `statistics.fold`.
+        center: take the means into account.
+        standardize: take the variances into account.
+
+    Raises:
+        ValueError: for a setting out of its range.
+
+    References:
+        Lange, Helfrich, Ye, "Batch Normalization Preconditioning for Neural Network Training", JMLR 23(72),
+        2022, https://jmlr.org/papers/v23/20-1135.html. The update and the default constants are as we recall
+        its Algorithm 1; the forms without bias, the count n of q^2 for convolutions, total variance and the
+        debiased start are derived here.
+
+    Example:
+        >>> state = {"mean": torch.tensor([3.0]), "variance": torch.tensor([4.0]), "rows": 8, "samples": 8}
+        >>> layer = Layer("fc", torch.nn.Linear(1, 1))
+        >>> row_map = BNP(eps_rel=0, eps=0).row_map(layer, state)
+        >>> row_map.apply(layer.rows(torch.tensor([[8.0]]), torch.tensor([2.0])))
+        Rows(weight=tensor([[[0.5000]]]), bias=tensor([[0.5000]]))
+    """
+
+    decay: float = 0.99
+    eps_rel: float = 1e-2
+    eps: float = 1e-4
+    scale: str | None = "rows"
+    start: str = "debias"
+    center: bool = True
+    standardize: bool = True
+
+    uses_inputs: ClassVar[bool] = True
+    acts_on_bias: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"BNP: decay must be in [0, 1), got {self.decay}")
+        if not (self.eps_rel >= 0 and self.eps >= 0):
+            raise ValueError(f"BNP: eps_rel and eps must not be negative, got {self.eps_rel} and {self.eps}")
+        if self.scale not in ("rows", "batch", None):
+            raise ValueError(f'BNP: scale must be "rows", "batch" or None, got {self.scale!r}')
+        if self.start not in ("debias", "first_batch", "paper"):
+            raise ValueError(f'BNP: start must be "debias", "first_batch" or "paper", got {self.start!r}')
+
+    def update(self, state: dict[str, Any], moments: Moments) -> None:
+        """Folds the moments of one step's rows."""
+        fold(state, moments, self.decay, self.start)
+
+    def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
+        """P from the running moments; the identity before the first ones."""
+        if "mean" not in state:
+            return None
+        mean, variance = state["mean"], state["variance"]
+        damped = variance + self.eps_rel * variance.max() + self.eps
+        damped = torch.where(damped > 0, damped, math.inf)  # eps = 0: a constant input's weights rest
+        n = {"rows": state["rows"], "batch": state["samples"], None: layer.fan_in}[self.scale]
+        center = self.center and not (state.get("feeds_batch_norm") and not state.get("has_bias", True))
+        form = WithBias if state.get("has_bias", True) else WithoutBias
+        return form(
+            mean=layer.columns(mean if center else torch.zeros_like(mean)),
+            deviation=layer.columns(damped.sqrt() if self.standardize else torch.ones_like(mean)),
+            q=max(layer.fan_in / n, 1.0) ** 0.5,
+            taps=layer.taps,
+            kernel_size=layer.kernel_size,
+        )
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """One mean and one variance per input."""
+        return {"mean": (layer.inputs,), "variance": (layer.inputs,)}
+
+    def describe(self, layer: Layer, state: dict[str, Any]) -> str:
+        """Which restriction of M is used, and over how many steps the moments were taken."""
+        if "mean" not in state:
+            return "no statistics yet: identity"
+        form = "with bias"
+        if not state.get("has_bias", True):
+            form = "bias-free, " + ("batch norm follows" if state.get("feeds_batch_norm") else "rank one")
+        low = int((state["variance"] < self.eps).sum())
+        note = f", {low} of {layer.inputs} input variances under eps" if low else ""
+        return f"{form}, {state['steps']} steps{note}"
+
+
+@dataclass(frozen=True)
+class _Whitening(RowMap):
+    """What both forms hold; P, M and their tensors are of the statistics' dtype."""
+
+    mean: Tensor  # (groups, 1, in, 1...)
+    deviation: Tensor  # (groups, 1, in, 1...), sigma~
+    q: float
+    taps: int
+    kernel_size: int
+
+    def _inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """Sums a b over each row: (..., groups, out)."""
+        return (a * b).flatten(-1 - self.taps).sum(-1)
+
+    def _row(self, bias: Tensor) -> Tensor:
+        """A number per row, shaped to multiply weights."""
+        return bias[(...,) + (None,) * (1 + self.taps)]
+
+
+class WithBias(_Whitening):
+    """P = (1/q) U D, U = [[1, -mu^T], [0, I]], D = diag(1, 1/sigma~)."""
+
+    def factor(self, rows: Rows) -> Rows:
+        """Weights z / sigma~, bias minus what they carry of the mean."""
+        assert rows.bias is not None
+        weight = rows.weight / (self.q * self.deviation)
+        return Rows(weight, rows.bias / self.q - self._inner(weight, self.mean))
+
+    def factor_transpose(self, rows: Rows) -> Rows:
+        """Weights (v - v_b mu) / sigma~."""
+        assert rows.bias is not None
+        weight = (rows.weight - self._row(rows.bias) * self.mean) / (self.q * self.deviation)
+        return Rows(weight, rows.bias / self.q)
+
+    def apply(self, rows: Rows) -> Rows:
+        """The update as the class docstring of BNP gives it."""
+        assert rows.bias is not None
+        weight = (rows.weight - self._row(rows.bias) * self.mean) / (self.q * self.deviation).square()
+        return Rows(weight, rows.bias / self.q**2 - self._inner(weight, self.mean))
+
+
+class WithoutBias(_Whitening):
+    """P = (1/q) S^-1/2 (I - c v v^T), v = S^-1/2 mu, chosen so that P P^T = (S + mu mu^T)^-1 / q^2."""
+
+    def _deflate(self, weight: Tensor) -> Tensor:
+        """(I - c v v^T) w with c = (1 - 1/sqrt(1 + |v|^2)) / |v|^2, written without 0/0 at v = 0."""
+        v = self.mean / self.deviation
+        root = (1 + self.kernel_size * v.square().flatten(1).sum(1)).sqrt()  # (groups,)
+        c = 1 / (root * (1 + root))
+        return weight - self._row(c[:, None] * self._inner(weight, v)) * v
+
+    def factor(self, rows: Rows) -> Rows:
+        """Deflated, then divided by the deviations."""
+        return Rows(self._deflate(rows.weight) / (self.q * self.deviation), rows.bias)
+
+    def factor_transpose(self, rows: Rows) -> Rows:
+        """Divided by the deviations, then deflated."""
+        return Rows(self._deflate(rows.weight / (self.q * self.deviation)), rows.bias)

@@ -1,0 +1,120 @@
+"""Forward hooks that take the moments of the inputs behind each gradient.
+
+Rows count once the gradient of the call's output is computed: passes that are never backpropagated, passes
+without grad or in eval mode, and the second forward of activation checkpointing leave nothing behind. No
+activation is kept, only its moments.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradcond.layers import Layer
+from gradcond.statistics import Moments, input_moments
+
+__all__ = ["BatchNormProbe", "InputCapture"]
+
+
+class _Inert:
+    """What a copied or unpickled module carries in place of a hook: it does nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Leaves the pass as it is."""
+
+
+class _Hook:
+    """A forward hook that belongs to one module: copies of the module get an inert one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
+        return _Inert()
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
+
+
+class InputCapture(_Hook):
+    """Collects the input moments of one layer's calls between two steps."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.collected: Moments | None = None
+        self.feeds_batch_norm = False
+        self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
+        _drop_inert(layer.module)
+        self.handle = layer.module.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Takes the moments of this call's input; they count when the output's gradient arrives."""
+        if not (module.training and torch.is_grad_enabled() and self.layer.module.weight.requires_grad):
+            return
+        moments = input_moments(self.layer, args[0] if args else kwargs["input"], output)
+        if moments is None:
+            return
+        if torch.compiler.is_compiling():  # hooks on tensors would break the graph
+            self._collect(moments)
+            return
+        self.last_output = weakref.ref(output), output._version
+        output.register_hook(_Once(self._collect, moments))
+
+    def _collect(self, moments: Moments) -> None:
+        self.collected = moments if self.collected is None else self.collected.merge(moments)
+
+    def take(self) -> Moments | None:
+        """The moments since the last take, and a fresh start."""
+        collected, self.collected = self.collected, None
+        return collected
+
+
+class _Once:
+    """A tensor hook that hands over its moments at the first of several backward passes."""
+
+    def __init__(self, collect: Callable[[Moments], None], moments: Moments) -> None:
+        self.collect, self.moments = collect, moments
+        self.done = False
+
+    def __call__(self, grad: Tensor) -> None:
+        """Counts the rows of this call."""
+        if not self.done:
+            self.collect(self.moments)
+        self.done = True
+
+
+class BatchNormProbe(_Hook):
+    """Finds the layers whose output goes straight into batch normalization by batch statistics."""
+
+    def __init__(self, captures: Iterable[InputCapture], model: nn.Module) -> None:
+        self.captures = list(captures)
+        self.handles: list[RemovableHandle] = []
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.captures:
+                _drop_inert(module)
+                self.handles.append(module.register_forward_hook(self, with_kwargs=True))
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Marks the layer whose last output is this module's input."""
+        if torch.compiler.is_compiling() or not (module.training or module.running_mean is None):
+            return
+        x = args[0] if args else kwargs["input"]
+        for capture in self.captures:
+            last, version = capture.last_output
+            if last() is x and x._version == version:  # an in-place activation in between moves the version
+                capture.feeds_batch_norm = True
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def _drop_inert(module: nn.Module) -> None:
+    """Clears away what copying left behind."""
+    for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, _Inert)]:
+        del module._forward_hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,141 @@
+"""Conditioner, the laws that each one keeps, and the chain of several as nested changes of variables.
+
+A conditioner is a change of variables theta = P z on each row [bias, weights] of a layer's parameters. Training
+in z moves theta along M g with M = P P^T, and sees the Hessian P^T H P. Hence the laws, each a test that every
+conditioner passes: M is linear, symmetric, positive semi-definite, equal to P P^T to rounding, keeps dtype,
+device and strides, and is the identity as long as there are no statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from gradcond.layers import Layer, Rows
+from gradcond.statistics import Moments
+
+__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap"]
+
+
+class RowMap(ABC):
+    """One layer's P at one moment; it holds tensors of its own, so later steps do not change it."""
+
+    @abstractmethod
+    def factor(self, rows: Rows) -> Rows:
+        """P z."""
+
+    @abstractmethod
+    def factor_transpose(self, rows: Rows) -> Rows:
+        """P^T v."""
+
+    def apply(self, rows: Rows) -> Rows:
+        """M g = P P^T g; methods with a shorter closed form override it."""
+        return self.factor(self.factor_transpose(rows))
+
+
+class SymmetricMap(RowMap):
+    """A map whose factor is its own transpose."""
+
+    def factor_transpose(self, rows: Rows) -> Rows:
+        """P^T v = P v."""
+        return self.factor(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(RowMap):
+    """Nested changes of variables, outermost first: [A, B] has P = P_A P_B and M = P_A P_B P_B^T P_A^T."""
+
+    maps: tuple[RowMap, ...]
+
+    def factor(self, rows: Rows) -> Rows:
+        """P_A P_B ... z."""
+        for row_map in reversed(self.maps):
+            rows = row_map.factor(rows)
+        return rows
+
+    def factor_transpose(self, rows: Rows) -> Rows:
+        """... P_B^T P_A^T v."""
+        for row_map in self.maps:
+            rows = row_map.factor_transpose(rows)
+        return rows
+
+    def apply(self, rows: Rows) -> Rows:
+        """P_A M_B P_A^T g: the innermost map in its closed form, the others around it."""
+        *outer, inner = self.maps
+        around = Chain(tuple(outer))
+        return around.factor(inner.apply(around.factor_transpose(rows)))
+
+
+class Conditioner(ABC):
+    """A way to condition gradients: a dataclass of hyper-parameters that gives each layer its P.
+
+    A conditioner holds no state of a layer itself; the optimizer keeps one dictionary of tensors and numbers for
+    each layer and passes it in. A new method is a subclass, decorated as a dataclass, that overrides `row_map`
+    and what else it needs. Subclasses are found by their names when a checkpoint is read.
+
+    Example:
+        >>> import torch
+        >>> @dataclasses.dataclass
+        ... class Halve(Conditioner):
+        ...     '''P = I / sqrt(2), so M = I / 2.'''
+        ...     def row_map(self, layer, state):
+        ...         return Scale(0.5**0.5)
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Scale(SymmetricMap):
+        ...     s: float
+        ...     def factor(self, rows):
+        ...         return Rows(self.s * rows.weight, None if rows.bias is None else self.s * rows.bias)
+        >>> Scale(0.5**0.5).apply(Rows(torch.tensor([[[2.0, 4.0]]]), None)).weight
+        tensor([[[1.0000, 2.0000]]])
+    """
+
+    registry: ClassVar[dict[str, type[Conditioner]]] = {}
+    uses_inputs: ClassVar[bool] = False  # does it need the moments of the layers' inputs?
+    is_projection: ClassVar[bool] = False  # M M = M
+    acts_on_bias: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Conditioner.registry[cls.__name__] = cls
+
+    @property
+    def name(self) -> str:
+        """The class's name: how reports and checkpoints call it."""
+        return type(self).__name__
+
+    def settings(self) -> dict[str, Any]:
+        """The hyper-parameters by name, as a checkpoint keeps them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def refusal(self, layer: Layer) -> str | None:
+        """Why a layer is left alone, or None when it is conditioned."""
+        return None
+
+    def update(self, state: dict[str, Any], moments: Moments) -> None:
+        """Folds one step's input moments into a layer's state; called once per step when `uses_inputs`."""
+
+    @abstractmethod
+    def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
+        """A layer's P from its state and its weights as they are; None is the identity."""
+
+    def enter_(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Puts a layer's weights where the method wants them, before the first step."""
+
+    def retract_(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Puts a layer's weights back there, after every step."""
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors in a layer's state, by which a saved state is checked."""
+        return {}
+
+    def describe(self, layer: Layer, state: dict[str, Any]) -> str:
+        """What a report says of a layer beyond the method's name."""
+        return ""
+
+
+def compose(maps: Sequence[RowMap | None]) -> RowMap | None:
+    """The chain of the maps that are there: None when all are the identity, itself when there is one."""
+    there = tuple(m for m in maps if m is not None)
+    return there[0] if len(there) == 1 else Chain(there) if there else None

@@ -1,0 +1,255 @@
+"""The bookkeeping behind a conditioned optimizer: which layer gets what, its state, and one step's conditioning."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcond.capture import BatchNormProbe, InputCapture
+from gradcond.conditioner import Conditioner, RowMap, compose
+from gradcond.layers import Layer, Rows, find_layers
+from gradcond.preconditioner import Preconditioner, check_states
+from gradcond.statistics import Moments
+
+__all__ = ["Assignment", "Engine"]
+
+State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A layer that an optimizer trains, and the places in the chain of the conditioners that take it."""
+
+    layer: Layer
+    has_bias: bool  # is the bias trained, too?
+    members: tuple[int, ...]
+
+    def with_gradients(self) -> Assignment:
+        """This assignment, without the bias when no gradient reached it."""
+        return replace(self, has_bias=self.has_bias and self.layer.module.bias.grad is not None)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The weight, and the bias when it is trained."""
+        module = self.layer.module
+        return [module.weight, module.bias] if self.has_bias else [module.weight]
+
+
+class Engine:
+    """Conditions the gradients of a model's layers; every attribute that changes lives here.
+
+    Args:
+        model: whose layers are conditioned.
+        chain: conditioners, outermost first.
+    """
+
+    def __init__(self, model: nn.Module, chain: Sequence[Conditioner]) -> None:
+        self.model = model
+        self.chain = list(chain)
+        self.states: list[State] = [{} for _ in chain]
+        self.warned: set[str] = set()
+        self._attach()
+
+    def _attach(self) -> None:
+        """Finds the layers and hooks those whose inputs are needed."""
+        self.layers = find_layers(self.model)
+        self._ask_refusals()
+        self.captures = {
+            name: InputCapture(layer)
+            for name, layer in self.layers.items()
+            if any(c.uses_inputs for c in self.chain)
+        }
+        self.probe = BatchNormProbe(self.captures.values(), self.model)
+        self.conditioned: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self.begin()
+        handles = [capture.handle for capture in self.captures.values()] + self.probe.handles
+        self.detach = weakref.finalize(self, _remove, handles)
+
+    def _ask_refusals(self) -> None:
+        self.refusals = {name: [c.refusal(layer) for c in self.chain] for name, layer in self.layers.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("model", "chain", "states", "warned")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attach()
+
+    def assignments(self, groups: Iterable[Mapping[str, Any]]) -> list[Assignment]:
+        """The layers that these parameter groups train and at least one conditioner takes."""
+        held = held_parameters(groups)
+        found = []
+        for name, layer in self.layers.items():
+            members = tuple(i for i, reason in enumerate(self.refusals[name]) if reason is None)
+            if members and trained(layer.module.weight, held):
+                found.append(Assignment(layer, trained(layer.module.bias, held), members))
+        return found
+
+    def begin(self) -> None:
+        """A new step: its first gradients decide its P."""
+        self.frozen: dict[str, RowMap | None] = {}
+
+    def condition_(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces each layer's gradient g by M g, in place, once per gradient.
+
+        Raises:
+            ValueError: for a gradient or an input that is not finite; nothing has been changed then.
+        """
+        if not any(self.states):  # the first step: weights may have been set since wrap
+            self._ask_refusals()
+        ready = [a.with_gradients() for a in self.assignments(groups) if self._is_fresh(a)]
+        moments = {name: capture.take() for name, capture in self.captures.items()}
+        if not ready:
+            return
+        self._require_finite(ready, moments)
+        for assignment in ready:
+            name = assignment.layer.name
+            if name not in self.frozen:  # a closure's later evaluations keep the step's P
+                self.frozen[name] = self._next_map(assignment, moments.get(name))
+            row_map = self.frozen[name]
+            if row_map is not None:
+                _apply_(row_map, assignment)
+            grad = assignment.layer.module.weight.grad
+            self.conditioned[name] = weakref.ref(grad), grad._version
+
+    def finish_(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """After the optimizer's step: weights go back to where their conditioners keep them."""
+        for assignment in self.assignments(groups):
+            for i in assignment.members:
+                if assignment.layer.name in self.states[i]:
+                    self.chain[i].retract_(assignment.layer, self.states[i][assignment.layer.name])
+        if self.frozen:
+            self.probe.remove()
+        self.begin()
+
+    def preconditioner(self, groups: Iterable[Mapping[str, Any]]) -> Preconditioner:
+        """The M of the last step, or what the chain gives before the first one."""
+        blocks = []
+        for a in self.assignments(groups):
+            states = {i: self.states[i].get(a.layer.name, {}) for i in a.members}
+            row_map = compose([self.chain[i].row_map(a.layer, state) for i, state in states.items()])
+            if row_map is not None:
+                blocks.append((a.layer, row_map, a.has_bias))
+        return Preconditioner(self.model, blocks)
+
+    def state_dict(self, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Plain dictionaries of tensors, numbers and strings: `torch.load(weights_only=True)` reads them."""
+        assigned = self.assignments(groups)
+        chain = []
+        for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
+            names = [a.layer.name for a in assigned if i in a.members]
+            layers = {name: dict(states.get(name, {})) for name in names}
+            chain.append({"name": conditioner.name, "settings": conditioner.settings(), "layers": layers})
+        return {"format": 1, "chain": chain, "layers": {a.layer.name: a.has_bias for a in assigned}}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError, before anything is touched, for a state that is not of this chain and model."""
+        if state.get("format") != 1:
+            raise ValueError(
+                f"expected a gradcond state of format 1, got {state.get('format')!r}; it was saved by another "
+                "version of gradcond"
+            )
+        names, saved = [c.name for c in self.chain], [entry["name"] for entry in state["chain"]]
+        if names != saved:
+            raise ValueError(
+                f"the saved state is of the chain {saved}, this optimizer has {names}; wrap the optimizer with "
+                "the conditioners that the state was saved with, in their order"
+            )
+        check_states(self.layers, self.chain, state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` returned, the hyper-parameters included."""
+        for conditioner, entry in zip(self.chain, state["chain"], strict=True):
+            for key, value in entry["settings"].items():
+                setattr(conditioner, key, value)
+        self.states = [
+            {name: self._own(name, saved) for name, saved in entry["layers"].items() if saved}
+            for entry in state["chain"]
+        ]
+
+    def _own(self, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+        """A copy of a layer's state, its tensors on the layer's device."""
+        device = self.layers[name].module.weight.device
+        return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
+
+    def _is_fresh(self, assignment: Assignment) -> bool:
+        """Is there a gradient that has not been conditioned yet?"""
+        grad = assignment.layer.module.weight.grad
+        last, version = self.conditioned.get(assignment.layer.name, (lambda: None, 0))
+        return grad is not None and (last() is not grad or grad._version != version)
+
+    def _require_finite(self, ready: list[Assignment], moments: Mapping[str, Moments | None]) -> None:
+        grads = [p.grad for a in ready for p in a.parameters if p.grad is not None]
+        squares = [m.squares for m in moments.values() if m is not None]
+        if math.isfinite(torch.nn.utils.get_total_norm(grads + squares, norm_type=math.inf)):
+            return
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        where = [names[id(p)] for a in ready for p in a.parameters if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]
+        where = [f"the gradient of {name}" for name in where] + [
+            f"the input of {name}" for name, m in moments.items() if m and not bool(m.squares.isfinite().all())
+        ]
+        raise ValueError(
+            f"expected finite gradients, got nan or inf in {', '.join(where[:5])}; parameters and statistics "
+            "are as before this step. Lower the learning rate, look at the loss and the data, or skip the step"
+        )
+
+    def _next_map(self, assignment: Assignment, moments: Moments | None) -> RowMap | None:
+        """Folds one step's moments into the states of a layer and returns the step's P."""
+        layer, maps = assignment.layer, []
+        for i in assignment.members:
+            conditioner, states = self.chain[i], self.states[i]
+            if conditioner.uses_inputs and moments is None:
+                self._warn_missing(layer)
+                continue
+            if layer.name not in states:
+                states[layer.name] = {}
+                conditioner.enter_(layer, states[layer.name])
+            state = states[layer.name]
+            if conditioner.uses_inputs and moments is not None:
+                capture = self.captures[layer.name]
+                state["has_bias"] = assignment.has_bias
+                state["feeds_batch_norm"] = capture.feeds_batch_norm or state.get("feeds_batch_norm", False)
+                conditioner.update(state, moments)
+            maps.append(conditioner.row_map(layer, state))
+        return compose(maps)
+
+    def _warn_missing(self, layer: Layer) -> None:
+        if layer.name not in self.warned and bool(layer.module.weight.grad.any()):
+            self.warned.add(layer.name)
+            warnings.warn(
+                f"layer {layer.name!r} has a gradient, but none of its inputs were seen: expected its forward "
+                "pass in training mode, through the module's call. Its gradient goes through as it is",
+                stacklevel=2,
+            )
+
+
+def held_parameters(groups: Iterable[Mapping[str, Any]]) -> set[int]:
+    """The ids of the parameters in these groups, those of groups with `gradcond=False` left out."""
+    return {id(p) for group in groups if group.get("gradcond", True) for p in group["params"]}
+
+
+def trained(parameter: nn.Parameter | None, held: set[int]) -> bool:
+    """Is a parameter trained by an optimizer that holds these?"""
+    return parameter is not None and parameter.requires_grad and id(parameter) in held
+
+
+@torch.no_grad()
+def _apply_(row_map: RowMap, assignment: Assignment) -> None:
+    weight, *bias = [p.grad for p in assignment.parameters]
+    rows = assignment.layer.rows(weight, bias[0] if bias else None)  # type: ignore[arg-type]
+    mapped: Rows = row_map.apply(rows)
+    rows.weight.copy_(mapped.weight)
+    if rows.bias is not None and mapped.bias is not None:
+        rows.bias.copy_(mapped.bias)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -1,0 +1,232 @@
+"""wrap and ConditionedOptimizer: a torch optimizer whose gradients are conditioned; no mathematics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradcond.conditioner import Conditioner
+from gradcond.engine import Engine, held_parameters
+from gradcond.preconditioner import Preconditioner
+from gradcond.report import Report, make_report
+
+__all__ = ["ConditionedOptimizer", "wrap"]
+
+_KEY = "gradcond"
+
+
+def _shared(name: str) -> property:
+    """An attribute that lives on the inner optimizer: loading a state replaces it there, and must be seen here."""
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+    )
+
+
+class ConditionedOptimizer(Optimizer):
+    """A `torch.optim.Optimizer` that conditions the gradients of a model before its inner optimizer steps.
+
+    Made by `gradcond.wrap`. Parameter groups, state, defaults and hooks are the inner optimizer's own, so
+    schedulers, gradient scalers and checkpoints see one optimizer. `state_dict()` is the inner one's with one
+    more entry, "gradcond"; a bare optimizer loads it too, and a wrapped one loads a bare state with a warning.
+    Weight decay of the inner optimizer is added after conditioning.
+
+    Attributes:
+        optimizer: the inner optimizer.
+        conditioners: the chain, outermost first; its hyper-parameters may be changed between steps.
+    """
+
+    # a scaler that sees True sets grad_scale and found_inf on us instead of on the optimizer that reads them
+    _step_supports_amp_scaling = False
+
+    param_groups = _shared("param_groups")
+    state = _shared("state")
+    defaults = _shared("defaults")
+    _optimizer_step_pre_hooks = _shared("_optimizer_step_pre_hooks")
+    _optimizer_step_post_hooks = _shared("_optimizer_step_post_hooks")
+    _optimizer_state_dict_pre_hooks = _shared("_optimizer_state_dict_pre_hooks")
+    _optimizer_state_dict_post_hooks = _shared("_optimizer_state_dict_post_hooks")
+    _optimizer_load_state_dict_pre_hooks = _shared("_optimizer_load_state_dict_pre_hooks")
+    _optimizer_load_state_dict_post_hooks = _shared("_optimizer_load_state_dict_post_hooks")
+
+    def __init__(self, optimizer: Optimizer, engine: Engine) -> None:
+        # not super().__init__, which would build parameter groups and hooks of its own
+        self.optimizer = optimizer
+        self._engine = engine
+
+    @property
+    def conditioners(self) -> list[Conditioner]:
+        """The chain, outermost first."""
+        return self._engine.chain
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Conditions the gradients, then lets the inner optimizer step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; the gradients of each evaluation are
+                conditioned, with the first evaluation's P.
+
+        Raises:
+            ValueError: for gradients or inputs that are not finite; parameters and statistics stay.
+        """
+        engine = self._engine
+        engine.begin()
+        if closure is None:
+            engine.condition_(self.param_groups)
+            loss = self.optimizer.step()
+        else:
+            loss = self.optimizer.step(self._conditioned(closure))
+        engine.finish_(self.param_groups)
+        return loss
+
+    step.hooked = True  # type: ignore[attr-defined]  # the inner step runs the hooks: once
+
+    def _conditioned(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def conditioned() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            if self.conditioners and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+                raise ValueError(
+                    f"expected a finite loss from the closure, got {loss}; parameters and statistics are as "
+                    "before this evaluation. Lower the learning rate, or look at the data"
+                )
+            self._engine.condition_(self.param_groups)
+            return loss
+
+        return conditioned
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients of all parameters."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the inner optimizer; its layers are conditioned from the next step on."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state with the entry "gradcond": settings and statistics of the chain."""
+        return {**self.optimizer.state_dict(), _KEY: self._engine.state_dict(self.param_groups)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of a wrapped optimizer, or of a bare one (with a warning: statistics start anew).
+
+        Raises:
+            ValueError: for a state of another chain, model or parameter groups; nothing has been changed then.
+        """
+        inner = {key: value for key, value in state_dict.items() if key != _KEY}
+        if _KEY in state_dict:
+            self._engine.check_state_dict(state_dict[_KEY])
+        self.optimizer.load_state_dict(inner)
+        if _KEY in state_dict:
+            self._engine.load_state_dict(state_dict[_KEY])
+        elif self.conditioners:
+            warnings.warn(
+                "the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=2
+            )
+
+    def preconditioner(self) -> Preconditioner:
+        """A snapshot of the last step's M = P P^T over the model's trainable parameters."""
+        return self._engine.preconditioner(self.param_groups)
+
+    def report(self) -> Report:
+        """Which layer got which conditioner, and which parameters were left alone and why; print it."""
+        return make_report(self._engine, self.param_groups)
+
+    def __repr__(self) -> str:
+        return f"ConditionedOptimizer({self.optimizer!r}, {self.conditioners})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("optimizer", "_engine"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # schedulers put a patched `step` on the instance, which must not outlive it
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def wrap(optimizer: Optimizer, model: nn.Module, conditioners: Sequence[Conditioner]) -> ConditionedOptimizer:
+    """Returns the optimizer with the gradients of the model's layers conditioned before each step.
+
+    Several conditioners are nested changes of variables, outermost first: [A, B] means P = P_A P_B and
+    M = P P^T. The model is left as it is but for forward hooks, where a conditioner needs the layers' inputs;
+    they go when the returned optimizer does.
+
+    Args:
+        optimizer: any torch optimizer over parameters of the model; use the returned one in its place.
+        model: the module that holds the layers.
+        conditioners: e.g. [BNP()]; may be empty.
+
+    Raises:
+        TypeError: for something that is not an optimizer, a module or a list of conditioners.
+        ValueError: when the optimizer holds none of the model's parameters, or one twice.
+
+    Example:
+        >>> import gradcond
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = gradcond.wrap(optimizer, model, [gradcond.BNP()])
+        >>> model(torch.randn(8, 2)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.report()
+        layer  conditioned by
+        ---------------------
+        0      BNP (with bias, 1 steps)
+        2      BNP (with bias, 1 steps)
+    """
+    if isinstance(optimizer, ConditionedOptimizer):
+        raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {_kind(optimizer)}; build the optimizer first")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module as model, got {_kind(model)}")
+    chain = _checked_chain(conditioners)
+    _check_parameters(optimizer, model)
+    if chain and optimizer.defaults.get("differentiable"):
+        raise ValueError(
+            "expected an optimizer with differentiable=False: gradients are conditioned in place, which a "
+            "differentiable step cannot see"
+        )
+    return ConditionedOptimizer(optimizer, Engine(model, chain))
+
+
+def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:
+    if isinstance(conditioners, (str, Conditioner)) or not isinstance(conditioners, Iterable):
+        raise TypeError(f"expected a list of conditioners, such as [BNP()], got {_kind(conditioners)}")
+    for conditioner in (chain := list(conditioners)):
+        if not isinstance(conditioner, Conditioner):
+            raise TypeError(
+                f"unknown conditioner: expected instances of {sorted(Conditioner.registry)}, such as BNP(), "
+                f"got {_kind(conditioner)}"
+            )
+    return chain
+
+
+def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen: set[int] = set()
+    for p in held:
+        if id(p) in seen:
+            raise ValueError(
+                f"expected every parameter once, but the optimizer holds {names.get(id(p), 'a parameter')!r} "
+                "twice, and would step it twice; remove it from one of its groups"
+            )
+        seen.add(id(p))
+    if not seen & names.keys():
+        raise ValueError(
+            f"expected an optimizer over parameters of this model, got one whose {len(held)} parameters are "
+            f"none of the model's {len(names)}; build it from model.parameters()"
+        )
+
+
+def _kind(thing: Any) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"{type(thing).__name__} {thing!r:.40}"

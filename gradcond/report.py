@@ -1,0 +1,77 @@
+"""What an optimizer conditions and what it leaves alone, as a table to print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradcond.engine import Engine, held_parameters, trained
+from gradcond.layers import owners, refusal
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which layer got which conditioners, and which parameters were left alone and why; `print` shows a table.
+
+    Attributes:
+        conditioned: layer name -> one text per conditioner that takes it.
+        left_alone: parameter name -> the reason.
+    """
+
+    conditioned: dict[str, list[str]]
+    left_alone: dict[str, str]
+
+    def __str__(self) -> str:
+        rows = [("layer", "conditioned by")]
+        rows += [(name, "; ".join(texts)) for name, texts in self.conditioned.items()]
+        rows += [("left alone", "because")] if self.left_alone else []
+        rows += list(self.left_alone.items())
+        width = max(len(first) for first, _ in rows)
+        lines = [f"{first:<{width}}  {second}" for first, second in rows]
+        for head in (0, 1 + len(self.conditioned)):
+            if head < len(lines):
+                lines[head] += "\n" + "-" * len(lines[head])
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
+    """The report of an engine on the parameters of these groups."""
+    groups = list(groups)
+    assigned = {a.layer.name: a for a in engine.assignments(groups)}
+    conditioned = {}
+    for name, assignment in assigned.items():
+        conditioned[name] = []
+        for i in assignment.members:
+            conditioner, state = engine.chain[i], engine.states[i].get(name, {})
+            note = conditioner.describe(assignment.layer, state)
+            conditioned[name].append(conditioner.name + (f" ({note})" if note else ""))
+    held = held_parameters(groups)
+    everything = held_parameters({**group, "gradcond": True} for group in groups)
+    left_alone = {}
+    for name, module, key, parameter in owners(engine.model):
+        full_name = f"{name}.{key}" if name else key
+        if not parameter.requires_grad:
+            left_alone[full_name] = "it is frozen"
+        elif id(parameter) not in everything:
+            left_alone[full_name] = "the optimizer does not hold it"
+        elif id(parameter) not in held:
+            left_alone[full_name] = "its parameter group says gradcond=False"
+        elif name in assigned and (
+            key == "weight" or any(engine.chain[i].acts_on_bias for i in assigned[name].members)
+        ):
+            continue
+        elif name in assigned:
+            left_alone[full_name] = "no conditioner of this chain acts on biases"
+        elif name not in engine.layers:
+            left_alone[full_name] = refusal(module) or "it is shared by several modules"
+        elif not trained(engine.layers[name].module.weight, held):
+            left_alone[full_name] = "the weight beside it is not trained"
+        else:
+            reasons = zip(engine.chain, engine.refusals[name], strict=True)
+            left_alone[full_name] = "; ".join(f"{c.name}: {why}" for c, why in reasons) or "the chain is empty"
+    return Report(conditioned, left_alone)
