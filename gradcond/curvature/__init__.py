@@ -1,1 +1,28 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
+
+from gradcond.curvature.condition import ConditionNumber, condition_number
+from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
+from gradcond.curvature.hessian import GGN, Hessian
+from gradcond.curvature.lanczos import Tridiagonal, tridiagonalize
+from gradcond.curvature.operators import Operator
+from gradcond.curvature.preconditioned import Preconditioned
+from gradcond.curvature.spectrum import SpectralDensity, spectral_density
+from gradcond.curvature.trace import Estimate, diagonal, trace
+
+__all__ = [
+    "GGN",
+    "ConditionNumber",
+    "Eigenpairs",
+    "Estimate",
+    "Hessian",
+    "Operator",
+    "Preconditioned",
+    "SpectralDensity",
+    "Tridiagonal",
+    "condition_number",
+    "diagonal",
+    "eigsh",
+    "spectral_density",
+    "trace",
+    "tridiagonalize",
+]

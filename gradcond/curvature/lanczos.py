@@ -1,0 +1,192 @@
+"""Lanczos tridiagonalization that keeps its basis orthogonal, so that it makes no ghosts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal
+from torch import Tensor
+
+from gradcond.curvature.operators import Products, generator_from
+
+BREAKDOWN = 64  # x eps x |T|: sqrt(eps) corrupts float32, 1 eps is never reached
+CHUNK = 1 << 22  # numbers of the basis held in float64 at a time
+
+
+@dataclass(frozen=True)
+class Tridiagonal:
+    """A Q = Q T + r e_m^T with Q^T Q = I; T has the diagonal ``alphas`` and the off-diagonal ``betas``."""
+
+    basis: Tensor  # (n, m) Q, in the working dtype
+    alphas: Tensor  # (m,) float64, on the CPU
+    betas: Tensor  # (m - 1,) float64, on the CPU; zero where the space was invariant
+    residual: Tensor  # (n,) r, zero when the space is invariant
+    asymmetry: float  # largest |<q_i, A q_j> - <A q_i, q_j>| met: the measured noise of one product
+
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (m,) ascending and eigenvectors (m, m) of T, both float64 on the CPU."""
+        values, vectors = eigh_tridiagonal(self.alphas.numpy(), self.betas.numpy())
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+class Lanczos:
+    """The recurrence, one product a ``step()``; an invariant space is left by a random restart."""
+
+    def __init__(self, products: Products, start: Tensor, *, generator: torch.Generator) -> None:
+        self.products, self.generator = products, generator
+        self._rows = start.new_empty(min(32, products.n), products.n)
+        self.alphas: list[float] = []
+        self.betas: list[float] = []  # betas[j] couples q_j and q_{j+1}; exact zero after a breakdown
+        self.scale = 0.0  # largest entry of T, our |T|
+        self.asymmetry = 0.0
+        self.off_tridiagonal = 0.0  # sum of squares of what should be zero, and how many there were
+        self.off_count = 0
+        self.residual = start.double()
+        self._norm = float(self.residual.norm())
+
+    @property
+    def size(self) -> int:
+        """The number of steps done."""
+        return len(self.alphas)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the basis spans the whole space."""
+        return self.size == self.products.n
+
+    @property
+    def basis(self) -> Tensor:
+        """The vectors so far as rows, (size, n)."""
+        return self._rows[: self.size]
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the span of the basis is invariant, to rounding."""
+        eps = torch.finfo(self._rows.dtype).eps
+        return self.exhausted or self._norm <= BREAKDOWN * eps * self.scale
+
+    def step(self) -> None:
+        """Append one vector to the basis, multiply it, and extend T."""
+        j = self.size
+        self._append(j)
+        q = self._rows[j]
+        w = self.products(q).double()
+        # two passes of classical Gram-Schmidt against the whole basis: one is not enough on clusters
+        rows = self._rows[: j + 1]
+        h = _orthogonalize_(rows, w) + _orthogonalize_(rows, w)
+        # one host transfer a step; the coefficients that symmetry makes zero measure the noise
+        if j > 0:
+            h[j - 1] -= self.betas[j - 1]
+        alpha, norm, worst, squares = torch.stack(
+            [h[j], w.norm(), h[:j].abs().max() if j else h[0] * 0, h[:j].square().sum()]
+        ).tolist()
+        self.alphas.append(alpha)
+        self.residual, self._norm = w, norm
+        self.scale = max(self.scale, abs(alpha), 0.0 if self.exhausted else norm)
+        self.asymmetry = max(self.asymmetry, worst)
+        self.off_tridiagonal, self.off_count = self.off_tridiagonal + squares, self.off_count + j
+        self.products.check_symmetry(self.asymmetry, self.scale or 1.0)
+
+    def _append(self, j: int) -> None:
+        if j == len(self._rows):
+            grown = self._rows.new_empty(min(2 * j, self.products.n), self.products.n)
+            grown[:j] = self._rows
+            self._rows = grown
+        if j > 0:
+            restart = self.invariant
+            self.betas.append(0.0 if restart else self._norm)
+            if restart:
+                self._restart(j)
+        elif not self._norm > 0:
+            raise ValueError("expected a start vector that is not zero")
+        self._rows[j] = (self.residual / self._norm).to(self._rows.dtype)
+
+    def _restart(self, j: int) -> None:
+        # three passes: a random vector of the last free dimension may start almost inside the basis
+        w = self.products.gaussian(self.generator).double()
+        for _ in range(3):
+            w /= w.norm()
+            _orthogonalize_(self._rows[:j], w)
+        self.residual, self._norm = w, float(w.norm())
+
+    @property
+    def noise(self) -> float:
+        """Root mean square of the entries of Q^T A Q that exact arithmetic makes zero."""
+        return (self.off_tridiagonal / max(self.off_count, 1)) ** 0.5
+
+    def eigh(self, start: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ritz values, vectors in the basis, and residual norms |A y - theta y| of T from ``start`` on."""
+        values, vectors = eigh_tridiagonal(np.array(self.alphas[start:]), np.array(self.betas[start:]))
+        return values, vectors, np.abs(vectors[-1]) * (0.0 if self.exhausted else self._norm)
+
+    def combine(self, coefficients: np.ndarray) -> Tensor:
+        """Vectors of the full space, (n, k) with unit columns, from coefficients (size, k) in the basis."""
+        y = torch.as_tensor(coefficients, device=self._rows.device)
+        n, width = self.products.n, max(1, CHUNK // self.size)
+        parts = [self.basis[:, i : i + width].double().mT @ y for i in range(0, n, width)]
+        vectors = torch.cat(parts)
+        return (vectors / vectors.norm(dim=0)).to(self._rows.dtype)
+
+
+def _orthogonalize_(rows: Tensor, w: Tensor) -> Tensor:
+    """Remove from the float64 vector w its part along the rows; return the coefficients."""
+    width = max(1, CHUNK // len(rows))
+    chunks = [slice(i, i + width) for i in range(0, len(w), width)]
+    h = sum((rows[:, c].double() @ w[c] for c in chunks), w.new_zeros(len(rows)))
+    for c in chunks:
+        w[c] -= h @ rows[:, c].double()
+    return h
+
+
+def tridiagonalize(A: Any, v0: Tensor | None = None, *, steps: int, seed: int = 0) -> Tridiagonal:
+    """Lanczos with full reorthogonalization: an orthonormal basis Q in which A is tridiagonal.
+
+    After m steps A Q = Q T + r e_m^T and Q^T Q = I to rounding. Dots, T and the reorthogonalization (two
+    passes of classical Gram-Schmidt) are float64 whatever A is; the basis is float32 for A in float32 or
+    shorter and float64 otherwise. When the space is invariant (|r| <= 64 eps |T|) it goes on from a random
+    vector orthogonal to it, with a zero in T, so multiple eigenvalues come out as often as they occur. With
+    steps = n, T has exactly the eigenvalues of A. One product and one host transfer a step.
+
+    Args:
+        A: any symmetric (n, n) thing with ``shape`` and ``@``.
+        v0: start vector (n,); a standard normal one when None.
+        steps: size of T, 1 to n.
+        seed: of the start vector and of the restarts.
+
+    Returns:
+        The basis (n, steps), the two diagonals of T, the residual r (n,) and the measured asymmetry.
+
+    Raises:
+        ValueError: A is not square or not symmetric, steps is not in 1..n, or v0 is zero or misshapen.
+
+    References:
+        C. C. Paige, The computation of eigenvalues and eigenvectors of very large sparse matrices, 1971.
+        L. Giraud, J. Langou, M. Rozloznik, On the loss of orthogonality in the Gram-Schmidt
+        orthogonalization process, 2005 (twice is enough).
+
+    Example:
+        >>> T = tridiagonalize(torch.diag(torch.tensor([3.0, 0.0])), torch.tensor([1.0, 1.0]), steps=2)
+        >>> T.alphas, T.betas
+        (tensor([1.5000, 1.5000], dtype=torch.float64), tensor([1.5000], dtype=torch.float64))
+    """
+    products, generator = Products(A), generator_from(seed)
+    n = products.n
+    if not 1 <= steps <= n:
+        raise ValueError(f"steps must be in 1..{n}, got {steps}; a Krylov space cannot exceed n")
+    if v0 is not None and v0.shape != (n,):
+        raise ValueError(f"expected a start vector of shape ({n},), got {tuple(v0.shape)}")
+    start = products.gaussian(generator) if v0 is None else v0.to(products.device, products.work_dtype)
+    lanczos = Lanczos(products, start, generator=generator)
+    for _ in range(steps):
+        lanczos.step()
+    residual = lanczos.residual * (not lanczos.invariant)
+    return Tridiagonal(
+        basis=lanczos.basis.mT,
+        alphas=torch.tensor(lanczos.alphas, dtype=torch.float64),
+        betas=torch.tensor(lanczos.betas, dtype=torch.float64),
+        residual=residual.to(products.work_dtype),
+        asymmetry=lanczos.asymmetry,
+    )

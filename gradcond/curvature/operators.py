@@ -1,0 +1,145 @@
+"""What every curvature operator shares, and how anything symmetric becomes one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+from torch import Tensor
+
+# largest asymmetry, relative to the norm, that rounding can explain; real mistakes are near 1
+ASYMMETRY = {torch.float64: 1e-5, torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of vectors: float64 stays, everything shorter is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Operator:
+    """A symmetric matrix known by its products: ``A @ v`` for v of shape (n,) or (n, k).
+
+    Subclasses define ``_columns(V)``, the product with the columns of V, both (n, k) in the working dtype
+    (float64 for a float64 operator, float32 otherwise).
+    """
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = (n, n)
+        self.dtype = dtype
+        self.device = device
+        self.num_matvecs = 0  # products with single vectors so far
+
+    def _columns(self, V: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        v = self._checked(v)
+        V = v.detach().to(working_dtype(self.dtype)).reshape(self.shape[0], -1)
+        if V.shape[1] == 0:
+            return v.clone()
+        self.num_matvecs += V.shape[1]
+        return self._columns(V).reshape(v.shape).to(v.dtype)
+
+    def _checked(self, v: Tensor) -> Tensor:
+        n, accepted = self.shape[0], {self.dtype, working_dtype(self.dtype)}
+        if not isinstance(v, Tensor):
+            raise TypeError(f"expected a torch tensor, got {type(v).__name__}; for NumPy use to_scipy()")
+        if v.ndim not in (1, 2) or v.shape[0] != n:
+            raise ValueError(f"expected a vector of shape ({n},) or ({n}, k), got {tuple(v.shape)}")
+        if v.dtype not in accepted or v.device != self.device:
+            raise ValueError(
+                f"expected a {self.dtype} vector on {self.device}, got {v.dtype} on {v.device}; "
+                "convert it with v.to(H.device, H.dtype)"
+            )
+        return v
+
+    def to_dense(self, chunk: int = 64) -> Tensor:
+        """All n columns, ``chunk`` at a time: (n, n), for small n and for tests."""
+        n, dtype = self.shape[0], working_dtype(self.dtype)
+        dense = torch.empty(n, n, dtype=dtype, device=self.device)
+        for start in range(0, n, chunk):
+            columns = torch.zeros(n, min(chunk, n - start), dtype=dtype, device=self.device)
+            columns[start : start + chunk].fill_diagonal_(1)
+            dense[:, start : start + chunk] = self @ columns
+        return dense.to(self.dtype)
+
+    def to_scipy(self) -> LinearOperator:
+        """The same operator for SciPy: NumPy vectors in, NumPy vectors out."""
+        dtype = working_dtype(self.dtype)
+
+        def product(v: np.ndarray) -> np.ndarray:
+            return (self @ torch.as_tensor(v, dtype=dtype, device=self.device)).cpu().numpy()
+
+        as_numpy = np.float64 if dtype == torch.float64 else np.float32
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=as_numpy)
+
+
+class Products:
+    """Anything square and symmetric as a function of torch vectors that counts its products."""
+
+    def __init__(self, A: Any, progress: Callable[[int], Any] | None = None) -> None:
+        shape = getattr(A, "shape", None)
+        if shape is None or not hasattr(A, "__matmul__"):
+            raise TypeError(f"expected a square operator with shape and @, got {type(A).__name__}")
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+            raise ValueError(f"expected a square symmetric operator, got shape {tuple(shape)}")
+        if isinstance(A, np.ndarray):
+            A = torch.from_numpy(np.ascontiguousarray(A))
+        elif not hasattr(A, "device"):
+            A = _FromSciPy(aslinearoperator(A)) if hasattr(A, "dot") else A
+        self.A, self.n, self.progress, self.count = A, int(shape[0]), progress, 0
+        self.dtype: torch.dtype = getattr(A, "dtype", torch.get_default_dtype())
+        self.device = torch.device(getattr(A, "device", "cpu"))
+        if self.dtype not in ASYMMETRY:
+            raise ValueError(f"expected a real floating-point operator, got {self.dtype}; convert it first")
+        self.work_dtype = working_dtype(self.dtype)
+        self.eps = torch.finfo(self.dtype).eps
+        if isinstance(A, Tensor):
+            self.check_symmetry(float((A - A.mT).abs().max()), float(A.abs().max()))
+            self.A = A.detach().to(self.work_dtype)
+        elif hasattr(A, "check_deterministic"):
+            A.check_deterministic()
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """A v for v (n,) or (n, k), in the working dtype, counted."""
+        product = (self.A @ v).to(self.work_dtype)
+        columns = 1 if v.ndim == 1 else v.shape[1]
+        self.count += columns
+        if self.progress is not None:
+            self.progress(columns)
+        return product
+
+    def check_symmetry(self, asymmetry: float, scale: float) -> None:
+        """Raise unless |<u, A v> - <A u, v>| is rounding beside the scale of A."""
+        if not math.isfinite(asymmetry) or not math.isfinite(scale):
+            raise ValueError("the operator returned NaN or infinity; check the loss and the parameters")
+        if asymmetry > ASYMMETRY[self.dtype] * scale:
+            raise ValueError(
+                f"expected a symmetric operator, but <u, A v> and <A u, v> differ by {asymmetry / scale:.1e} "
+                "of its size: it is not symmetric, or its products are not repeatable (dropout, random "
+                "augmentation, BatchNorm on shuffled batches)"
+            )
+
+    def gaussian(self, generator: torch.Generator) -> Tensor:
+        """A standard normal vector (n,), drawn on the CPU so that every device sees the same one."""
+        return torch.randn(self.n, generator=generator, dtype=torch.float64).to(self.device, self.work_dtype)
+
+
+class _FromSciPy:
+    """A SciPy operator that multiplies torch vectors."""
+
+    def __init__(self, A: LinearOperator) -> None:
+        self.A, self.shape, self.device = A, A.shape, torch.device("cpu")
+        self.dtype = torch.float32 if A.dtype == np.float32 else torch.float64
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.A @ v.numpy()))
+
+
+def generator_from(seed: int) -> torch.Generator:
+    """A generator of its own, on the CPU: the same numbers on every device, the global state untouched."""
+    return torch.Generator().manual_seed(seed)

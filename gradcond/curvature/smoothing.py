@@ -1,0 +1,52 @@
+"""From weighted nodes to a density on a grid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+POINTS = 2048
+PADDING = 0.05  # of the range, on both sides
+LINEAR_PART = 1e-6  # a symlog grid is linear below this share of max |lambda|
+
+
+def evaluation_grid(grid: str | Tensor, nodes: Tensor, eps: float) -> Tensor:
+    """Ascending points that cover the nodes with room for their kernels."""
+    low, high, top = float(nodes.min()), float(nodes.max()), float(nodes.abs().max())
+    if isinstance(grid, Tensor):
+        points = grid.detach().to("cpu", torch.float64)
+        if points.ndim != 1 or len(points) < 2 or not bool((points.diff() > 0).all()):
+            raise ValueError(f"expected ascending grid points (g,), got shape {tuple(grid.shape)}")
+        if float(points[0]) > low or float(points[-1]) < high:
+            raise ValueError(f"expected a grid that covers all nodes, {low:.6g} to {high:.6g}; widen it")
+        return points
+    # a spectrum of one point gets a range of its own size
+    room = PADDING * (high - low) if high - low > 1e-3 * top else PADDING * (top or 1.0)
+    if grid == "linear":
+        return torch.linspace(low - room, high + room, POINTS, dtype=torch.float64)
+    if grid == "symlog":
+        unit = LINEAR_PART * (top or 1.0)
+        start, end = math.asinh((low - room) / unit), math.asinh((high + room) / unit)
+        return unit * torch.linspace(start, end, POINTS, dtype=torch.float64).sinh()
+    if grid == "log":
+        if not low > eps * top:
+            raise ValueError(f'expected positive eigenvalues for a log grid, got {low:.3g}; use "symlog"')
+        room = PADDING * (math.log(high / low) + 1)
+        start, end = math.log(low) - room, math.log(high) + room
+        return torch.linspace(start, end, POINTS, dtype=torch.float64).exp()
+    raise ValueError(f'grid must be "linear", "symlog", "log" or a tensor, got {grid!r}')
+
+
+def smooth(grid: Tensor, nodes: Tensor, weights: Tensor, uncertainty: Tensor) -> Tensor:
+    """Density on the grid (g,) of nodes (m,) ascending, each a Gaussian of mass equal to its weight."""
+    # as wide as the node is uncertain, no wider than the way to its nearer neighbour ...
+    gaps = nodes.diff()
+    wide = torch.full((1,), torch.inf, dtype=nodes.dtype)
+    width = torch.minimum(uncertainty, torch.minimum(torch.cat([gaps, wide]), torch.cat([wide, gaps])))
+    # ... and no narrower than the grid can show
+    place = torch.searchsorted(grid, nodes).clamp(1, len(grid) - 1)
+    width = torch.maximum(width, grid[place] - grid[place - 1])
+    kernel = (-0.5 * ((grid[:, None] - nodes) / width) ** 2).exp()
+    return kernel @ (weights / torch.trapezoid(kernel, grid, dim=0))
