@@ -1,7 +1,8 @@
 """Read problem files: the model, the data and the loss that a checkpoint belongs to.
 
 A problem file is plain Python, named by the user, with `build_model()` -> torch.nn.Module, `load_data()` ->
-iterable of (input, target) batches, and `loss_fn(output, target)` -> scalar. It can import its siblings.
+iterable of (input, target) batches, and `loss_fn(output, target)` -> scalar. It can import siblings. For a
+loss of unknown weighting on uneven batches it may define `weight_fn(batch)`: see gradcond.curvature.Hessian.
 """
 
 from __future__ import annotations
@@ -35,9 +36,15 @@ class Problem:
         """The loss of (output, target)."""
         return self.module.loss_fn
 
-    def build_model(self) -> nn.Module:
-        """Return a fresh model; the global generator is left as it was."""
+    @property
+    def weight_fn(self) -> Callable[[Any], Any] | None:
+        """The weight of a batch in the mean of the loss, if the file defines it."""
+        return getattr(self.module, "weight_fn", None)
+
+    def build_model(self, *, seed: int = 0) -> nn.Module:
+        """Return a fresh model, drawn from `seed`; the global generator is left as it was."""
         with torch.random.fork_rng(devices=[]), _importing_beside(self.path):
+            torch.manual_seed(seed)
             model = _call(self.path, "build_model", self.module.build_model)
         if not isinstance(model, nn.Module):
             raise InputError(

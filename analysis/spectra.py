@@ -1,0 +1,97 @@
+"""Measure a spectrum: its certified ends, trace, density and condition number, as numbers and arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradcond import curvature
+
+# what spectrum.npz holds for each checkpoint and variant, under "INDEX/VARIANT/NAME"
+ARRAYS = ("eigenvalues", "residuals", "nodes", "weights", "grid", "density", "cdf", "std_error")
+
+Numbers = dict[str, Any]
+Arrays = dict[str, np.ndarray]
+
+
+def measure(
+    operator: Any, *, num_matvecs: int, num_probes: int, top: int, seed: int, report: Callable[[int], Any]
+) -> tuple[Numbers, Arrays]:
+    """Return the numbers and the arrays of one spectrum.
+
+    What did not converge is told by `converged` and `residuals`, not by a warning.
+
+    Args:
+        operator: any symmetric (n, n) thing with `shape` and `@`.
+        num_matvecs: products per probe of the density; more than n are not spent.
+        num_probes: random probes of the density.
+        top: eigenvalues at each end; more than n are not sought.
+        seed: of the probes and start vectors.
+        report: called with the number of products as they happen.
+
+    Returns:
+        Numbers for the report, and the arrays named in ARRAYS.
+    """
+    counts: list[int] = []
+
+    def progress(products: int) -> None:
+        counts.append(products)
+        report(products)
+
+    n = operator.shape[0]
+    common: Any = {"seed": seed, "progress": progress}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        largest = curvature.eigsh(operator, min(top, n), "LA", **common)
+        smallest = curvature.eigsh(operator, min(top, n), "SA", **common)
+    condition = curvature.condition_number(operator, **common)
+    steps = min(num_matvecs, n)
+    density = curvature.spectral_density(
+        operator, num_matvecs=steps, num_probes=num_probes, grid="symlog", **common
+    )
+    numbers = {
+        "largest": _pairs(largest),
+        "smallest": _pairs(smallest),
+        "trace": _scalars(curvature.trace(operator, **common)),
+        "condition": _scalars(condition),
+        "density": _scalars(density),
+        "bulk": _bulk(density, float(condition.noise_floor), float(condition.lambda_max)),
+        "num_matvecs": sum(counts),
+    }
+    ends = {
+        name: np.concatenate([_array(getattr(smallest, name)), _array(getattr(largest, name))[::-1]])
+        for name in ("eigenvalues", "residuals")
+    }
+    return numbers, {name: ends[name] if name in ends else _array(getattr(density, name)) for name in ARRAYS}
+
+
+def _bulk(density: Any, floor: float, largest: float) -> Numbers:
+    """How far the largest eigenvalue stands out of the middle of those that can be told from zero."""
+    median = float(density.quantile(0.5, absolute=True, above=floor))
+    return {"median_magnitude": median, "ratio": largest / median if median > 0 else math.inf}
+
+
+def _pairs(pairs: Any) -> Numbers:
+    names = ("eigenvalues", "residuals", "converged")
+    return {**{name: getattr(pairs, name).tolist() for name in names}, "num_matvecs": pairs.num_matvecs}
+
+
+def _scalars(result: Any) -> Numbers:
+    """The fields of a result that are single numbers."""
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    fields = {
+        name: value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+        for name, value in fields.items()
+    }
+    return {name: value for name, value in fields.items() if isinstance(value, bool | int | float)}
+
+
+def _array(values: Any) -> np.ndarray:
+    return torch.as_tensor(values).detach().cpu().double().numpy()
