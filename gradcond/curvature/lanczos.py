@@ -35,15 +35,21 @@ class Tridiagonal:
 class Lanczos:
     """The recurrence, one product a ``step()``; an invariant space is left by a random restart."""
 
-    def __init__(self, products: Products, start: Tensor, *, generator: torch.Generator) -> None:
+    def __init__(
+        self, products: Products, start: Tensor, *, generator: torch.Generator, breakdown: float = BREAKDOWN
+    ) -> None:
         self.products, self.generator = products, generator
+        self.breakdown = breakdown * torch.finfo(start.dtype).eps
         self._rows = start.new_empty(min(32, products.n), products.n)
         self.alphas: list[float] = []
         self.betas: list[float] = []  # betas[j] couples q_j and q_{j+1}; exact zero after a breakdown
         self.scale = 0.0  # largest entry of T, our |T|
+        self.top = 0.0  # largest |Ritz value| seen
         self.asymmetry = 0.0
         self.off_tridiagonal = 0.0  # sum of squares of what should be zero, and how many there were
         self.off_count = 0
+        self.block = 0  # where the part of T since the last restart begins
+        self.locked = 0  # the first vectors, kept from earlier: their coupling to the rest is dropped
         self.residual = start.double()
         self._norm = float(self.residual.norm())
 
@@ -65,8 +71,15 @@ class Lanczos:
     @property
     def invariant(self) -> bool:
         """Whether the span of the basis is invariant, to rounding."""
-        eps = torch.finfo(self._rows.dtype).eps
-        return self.exhausted or self._norm <= BREAKDOWN * eps * self.scale
+        return self.exhausted or self._norm <= self.breakdown * self.scale
+
+    def lock(self, values: np.ndarray, coefficients: np.ndarray) -> None:
+        """Keep these Ritz pairs only, and go on from a random vector orthogonal to them."""
+        vectors = self.combine(coefficients)
+        self.locked = len(values)
+        self._rows[: self.locked] = vectors.mT
+        self.alphas, self.betas = [float(value) for value in values], [0.0] * (self.locked - 1)
+        self._norm = 0.0
 
     def step(self) -> None:
         """Append one vector to the basis, multiply it, and extend T."""
@@ -80,14 +93,15 @@ class Lanczos:
         # one host transfer a step; the coefficients that symmetry makes zero measure the noise
         if j > 0:
             h[j - 1] -= self.betas[j - 1]
+        zeros = torch.cat([h[self.locked : j], h.new_zeros(1)])
         alpha, norm, worst, squares = torch.stack(
-            [h[j], w.norm(), h[:j].abs().max() if j else h[0] * 0, h[:j].square().sum()]
+            [h[j], w.norm(), zeros.abs().max(), zeros.square().sum()]
         ).tolist()
         self.alphas.append(alpha)
         self.residual, self._norm = w, norm
         self.scale = max(self.scale, abs(alpha), 0.0 if self.exhausted else norm)
         self.asymmetry = max(self.asymmetry, worst)
-        self.off_tridiagonal, self.off_count = self.off_tridiagonal + squares, self.off_count + j
+        self.off_tridiagonal, self.off_count = self.off_tridiagonal + squares, self.off_count + len(zeros) - 1
         self.products.check_symmetry(self.asymmetry, self.scale or 1.0)
 
     def _append(self, j: int) -> None:
@@ -110,16 +124,19 @@ class Lanczos:
         for _ in range(3):
             w /= w.norm()
             _orthogonalize_(self._rows[:j], w)
-        self.residual, self._norm = w, float(w.norm())
+        self.residual, self._norm, self.block = w, float(w.norm()), j
 
     @property
     def noise(self) -> float:
         """Root mean square of the entries of Q^T A Q that exact arithmetic makes zero."""
         return (self.off_tridiagonal / max(self.off_count, 1)) ** 0.5
 
-    def eigh(self, start: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ritz values, vectors in the basis, and residual norms |A y - theta y| of T from ``start`` on."""
-        values, vectors = eigh_tridiagonal(np.array(self.alphas[start:]), np.array(self.betas[start:]))
+    def eigh(self, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ritz values, vectors in the basis, and residual norms |A y - theta y|, of the part of T given."""
+        stop = self.size if stop is None else stop
+        alphas, betas = np.array(self.alphas[start:stop]), np.array(self.betas[start : stop - 1])
+        values, vectors = eigh_tridiagonal(alphas, betas)
+        self.top = max(self.top, float(np.abs(values).max()))
         return values, vectors, np.abs(vectors[-1]) * (0.0 if self.exhausted else self._norm)
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
