@@ -102,8 +102,11 @@ class BatchNormProbe(_Hook):
             return
         x = args[0] if args else kwargs["input"]
         for capture in self.captures:
-            last, version = capture.last_output
-            if last() is x and x._version == version:  # an in-place activation in between moves the version
+            output_ref, version = capture.last_output
+            last = output_ref()
+            if (
+                last is not None and last is x and last._version == version
+            ):  # an in-place activation in between moves the version
                 capture.feeds_batch_norm = True
 
     def remove(self) -> None:

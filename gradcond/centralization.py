@@ -49,9 +49,7 @@ class GradientCentralization(Conditioner):
 
     def __post_init__(self) -> None:
         if self.side not in ("input", "output", "both"):
-            raise ValueError(
-                f'GradientCentralization: side must be "input", "output" or "both", got {self.side!r}'
-            )
+            raise ValueError(f'GradientCentralization: side must be "input", "output" or "both", got {self.side!r}')
 
     def refusal(self, layer: Layer) -> str | None:
         """Linear layers under conv_only, and layers where centering would leave nothing."""

@@ -116,7 +116,7 @@ class Engine:
             row_map = self.frozen[name]
             if row_map is not None:
                 _apply_(row_map, assignment)
-            grad = assignment.layer.module.weight.grad
+            grad: Tensor = assignment.layer.module.weight.grad
             self.conditioned[name] = weakref.ref(grad), grad._version
 
     def finish_(self, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -181,7 +181,7 @@ class Engine:
 
     def _is_fresh(self, assignment: Assignment) -> bool:
         """Is there a gradient that has not been conditioned yet?"""
-        grad = assignment.layer.module.weight.grad
+        grad: Tensor | None = assignment.layer.module.weight.grad
         last, version = self.conditioned.get(assignment.layer.name, (lambda: None, 0))
         return grad is not None and (last() is not grad or grad._version != version)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradcond.conditioner import Conditioner
-from gradcond.engine import Engine, held_parameters
+from gradcond.engine import Engine
 from gradcond.preconditioner import Preconditioner
 from gradcond.report import Report, make_report
 
@@ -64,7 +64,7 @@ class ConditionedOptimizer(Optimizer):
         """The chain, outermost first."""
         return self._engine.chain
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Conditions the gradients, then lets the inner optimizer step.
 
         Args:
@@ -125,9 +125,7 @@ class ConditionedOptimizer(Optimizer):
         if _KEY in state_dict:
             self._engine.load_state_dict(state_dict[_KEY])
         elif self.conditioners:
-            warnings.warn(
-                "the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=2
-            )
+            warnings.warn("the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=2)
 
     def preconditioner(self) -> Preconditioner:
         """A snapshot of the last step's M = P P^T over the model's trainable parameters."""

@@ -43,7 +43,7 @@ def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
     """The report of an engine on the parameters of these groups."""
     groups = list(groups)
     assigned = {a.layer.name: a for a in engine.assignments(groups)}
-    conditioned = {}
+    conditioned: dict[str, list[str]] = {}
     for name, assignment in assigned.items():
         conditioned[name] = []
         for i in assignment.members:
@@ -52,7 +52,7 @@ def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
             conditioned[name].append(conditioner.name + (f" ({note})" if note else ""))
     held = held_parameters(groups)
     everything = held_parameters({**group, "gradcond": True} for group in groups)
-    left_alone = {}
+    left_alone: dict[str, str] = {}
     for name, module, key, parameter in owners(engine.model):
         full_name = f"{name}.{key}" if name else key
         if not parameter.requires_grad:
