@@ -41,9 +41,7 @@ class Checkpoint:
         if state.keys() != expected.keys():
             state = {_bare(key): value for key, value in state.items()}
             if state.keys() != self.state.keys():
-                notes.append(
-                    f'{self.path}: stripped the prefixes of DDP ("module.") or compile ("_orig_mod.")'
-                )
+                notes.append(f'{self.path}: stripped the prefixes of DDP ("module.") or compile ("_orig_mod.")')
         differences = _differences(state, expected)
         if differences:
             raise InputError(
@@ -83,9 +81,7 @@ def _read(path: Path) -> Any:
         raise InputError(f"no checkpoint file at {path}; expected a file that torch.save wrote")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # damaged bytes fail anywhere: KeyError, IndexError, RuntimeError, EOFError, ...
+    except Exception as error:  # damaged bytes fail anywhere: KeyError, IndexError, RuntimeError, EOFError, ...
         text = str(error).lower()
         if isinstance(error, pickle.UnpicklingError) and (
             "unsupported global" in text or "unsupported class" in text
@@ -110,9 +106,7 @@ def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
     shaped = [
         f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
         for key, value in expected.items()
-        if isinstance(value, Tensor)
-        and isinstance(state.get(key), Tensor)
-        and state[key].shape != value.shape
+        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor) and state[key].shape != value.shape
     ]
     found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
     return [f"{len(keys)} {what} ({_few(keys)})" for what, keys in found if keys]

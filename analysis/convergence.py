@@ -129,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_picture(args.out)
         require_folder(args.out.parent)
         names = labels(args.runs)
-        runs = {
-            name: load_run(folder, smooth=args.smooth) for name, folder in zip(names, args.runs, strict=True)
-        }
+        runs = {name: load_run(folder, smooth=args.smooth) for name, folder in zip(names, args.runs, strict=True)}
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

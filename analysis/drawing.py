@@ -72,7 +72,5 @@ def legend_below(figure: Figure, axes: Axes, *, columns: int = 4) -> None:
     """Put the legend of `axes` under the panels, where it covers no data."""
     handles, names = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
-    figure.set_size_inches(
-        width, height + 0.25 * ((len(names) - 1) // columns)
-    )  # rows after the first: more room
+    figure.set_size_inches(width, height + 0.25 * ((len(names) - 1) // columns))  # rows after the first: more room
     figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)))

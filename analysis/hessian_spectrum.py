@@ -19,28 +19,24 @@ spectrum.png    drawn from these two files alone.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import scipy
 import torch
 from checkpoints import Checkpoint, load_checkpoint
-from command import InputError, labels, require_folder, write_json, write_npz
+from command import InputError, labels, require_folder
 from problems import Problem, load_problem, to
 from spectra import Arrays, Numbers, measure
 from spectrum_figure import draw
+from spectrum_files import read, write
 from spectrum_table import print_table
 from torch import nn
 from tqdm import tqdm
 
-from gradcond import __version__, curvature
+from gradcond import curvature
 
-FORMAT = 1
 OPERATORS: dict[str, Any] = {"hessian": curvature.Hessian, "ggn": curvature.GGN}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "as-is": None}
 
@@ -58,13 +54,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--redraw", action="store_true", help="only draw DIR/spectrum.png again from the other two files")
     add("--preconditioned", action="store_true", help="also of P^T H P, P from the saved optimizer")
     add("--operator", choices=OPERATORS, default="hessian", help="the matrix H")
-    add(
-        "--mode", choices=("eval", "train"), default="eval", help="the mode of the modules, such as BatchNorm"
-    )
-    add(
-        "--dtype", choices=DTYPES, default="as-is", help="of model and data; as-is: as build_model() makes it"
-    )
-    add("--device", type=torch.device, default="cpu", help="where to compute, such as cuda")
+    add("--mode", choices=("eval", "train"), default="eval", help="the mode of the modules, such as BatchNorm")
+    add("--dtype", choices=DTYPES, default="as-is", help="of model and data; as-is: as build_model() makes it")
+    add("--device", type=_device, default="cpu", help="where to compute, such as cuda")
     add("--num-matvecs", type=_positive, default=80, metavar="M", help="products per probe of the density")
     add("--num-probes", type=_positive, default=5, metavar="K", help="random probes of the density")
     add("--top", type=_positive, default=5, metavar="K", help="eigenvalues at each end")
@@ -84,6 +76,14 @@ def _positive(text: str) -> int:
     return value
 
 
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device that is here, got {text!r}: {reason}") from error
+
+
 def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
     """Return the report and the arrays of all checkpoints; inputs are checked before the first product."""
     problem = load_problem(args.problem)
@@ -92,12 +92,7 @@ def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
         prepare(problem, checkpoint, args)
     dtype = DTYPES[args.dtype]
     data = [to(batch, args.device, dtype) for batch in problem.load_data(seed=args.seed)]
-    report: Numbers = {
-        "format": FORMAT,
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "versions": versions(),
-        "checkpoints": [],
-    }
+    report: Numbers = {"settings": vars(args), "checkpoints": []}
     arrays: Arrays = {}
     variants = 1 + args.preconditioned
     # two eigsh, a condition number and a trace of about a hundred products each, and the density
@@ -112,9 +107,7 @@ def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
     return report, arrays
 
 
-def prepare(
-    problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace
-) -> tuple[nn.Module, Any, list[str]]:
+def prepare(problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[nn.Module, Any, list[str]]:
     """Return the model at the checkpoint, P when asked for, and notes for the user."""
     model = problem.build_model(seed=args.seed).to(args.device, DTYPES[args.dtype])
     notes = checkpoint.load_into(model)
@@ -162,34 +155,6 @@ def analyse_one(
     return entry, arrays
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of everything that the numbers depend on."""
-    modules = {"torch": torch, "numpy": np, "scipy": scipy}
-    own = {"gradcond": __version__, "python": platform.python_version()}
-    return own | {name: str(module.__version__) for name, module in modules.items()}
-
-
-def read(folder: Path) -> tuple[Numbers, Arrays]:
-    """Return the report and the arrays that an earlier run wrote.
-
-    Raises:
-        InputError: if a file is missing, damaged or of another format.
-    """
-    json_path, npz_path = folder / "spectrum.json", folder / "spectrum.npz"
-    for path in (json_path, npz_path):
-        if not path.is_file():
-            raise InputError(f"no {path}; --redraw needs spectrum.json and spectrum.npz of an earlier run")
-    try:
-        report = json.loads(json_path.read_text(encoding="utf-8"))
-        with np.load(npz_path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except Exception as error:
-        raise InputError(f"{folder}: spectrum.json or .npz is damaged ({error}); measure again") from error
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise InputError(f'{json_path} must have "format": {FORMAT}; measure again with this version')
-    return report, arrays
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after telling what is wrong with the input."""
     args = parse(argv)
@@ -200,9 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not args.redraw:
-        write_npz(args.out / "spectrum.npz", arrays)
-        write_json(args.out / "spectrum.json", report)
-        report, arrays = read(args.out)
+        write(args.out, report, arrays)
+        report, arrays = read(args.out)  # as a redrawing will see them
         print_table(report)
     draw(report, arrays, args.out / "spectrum.png")
     print(f"wrote {args.out}/spectrum.{'png' if args.redraw else '{json,npz,png}'}")

@@ -43,9 +43,7 @@ def load_run(folder: Path, *, smooth: int = 1) -> Curves:
 def _read_rows(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "metrics.csv"
     if not folder.is_dir():
-        raise InputError(
-            f"expected a folder with metrics.csv, but there is no folder {folder}; check the name"
-        )
+        raise InputError(f"expected a folder with metrics.csv, but there is no folder {folder}; check the name")
     if not path.is_file():
         raise InputError(f"{folder} holds no metrics.csv; expected one with the columns {','.join(COLUMNS)}")
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -68,9 +66,7 @@ def _number(row: dict[str, str | None], name: str, path: Path, line: int) -> flo
     try:
         value = float(text)
     except ValueError:
-        raise InputError(
-            f"{path}, line {line}: {name} must be a number, got {text!r}; mend the row"
-        ) from None
+        raise InputError(f"{path}, line {line}: {name} must be a number, got {text!r}; mend the row") from None
     if name in ("seed", "step") and not np.isfinite(value):
         raise InputError(f"{path}, line {line}: {name} must be finite, got {text!r}; mend it")
     if name.endswith("accuracy") and not (np.isnan(value) or 0 <= value <= 1):

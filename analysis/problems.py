@@ -72,9 +72,7 @@ class Problem:
                     "for a single batch return [(inputs, targets)]"
                 )
             if any(isinstance(part, Tensor) and part.ndim and not len(part) for part in batch):
-                raise InputError(
-                    f"{self.path}: load_data() gave a batch without samples; leave out empty batches"
-                )
+                raise InputError(f"{self.path}: load_data() gave a batch without samples; leave out empty batches")
         return [(batch[0], batch[1]) for batch in batches]
 
 
@@ -108,8 +106,7 @@ def load_problem(path: Path) -> Problem:
     for name in PROBLEM_NAMES:
         if not callable(getattr(module, name)):
             raise InputError(
-                f"{path}: {name} must be a function, got a {kind(getattr(module, name))}; "
-                f"write def {name}(...)"
+                f"{path}: {name} must be a function, got a {kind(getattr(module, name))}; write def {name}(...)"
             )
     return Problem(path, module)
 

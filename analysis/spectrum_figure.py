@@ -108,7 +108,8 @@ def _draw_panel(
         strip = np.full(eigenvalues.shape, STRIP * (0.27 + 0.45 * row))
         axes.plot(eigenvalues, strip, "|", color=COLORS[row], transform=axes.get_xaxis_transform(), **TICK)
     axes.plot([], [], "|", color="#666666", label="extreme eigenvalues", **TICK)
-    axes.axvspan(-floor, floor, color="#999999", alpha=0.4, linewidth=1, zorder=0.5, label="noise floor")
+    gray: Any = {"facecolor": "#99999960", "edgecolor": "#555555", "linewidth": 0.9}
+    axes.axvspan(-floor, floor, label="noise floor", **gray)
     axes.set_title(title(entry))
 
 

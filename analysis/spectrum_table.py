@@ -13,7 +13,7 @@ COLUMNS = (
     "trace",
     "s.e.",
     "kappa",
-    "certified",
+    "at least",
     "max/median",
     "floor",
     "products",

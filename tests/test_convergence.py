@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
+
+from convergence import bands, main, summary
+from metrics import load_run
+
 ANALYSIS = Path(__file__).parents[1] / "analysis"
-sys.path.insert(0, str(ANALYSIS))
-
-from convergence import bands, main, summary  # noqa: E402
-from metrics import load_run  # noqa: E402
-
 HEADER = "seed,step,train_loss,train_accuracy,test_accuracy"
 
 
