@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
-from gradcond.curvature.lanczos import Lanczos
+from gradcond.curvature.lanczos import Lanczos, orthogonalize_
 from gradcond.curvature.operators import Products, generator_from
+
+CONFIRM = 1.2  # the search goes on this much longer: a hidden smaller eigenvalue shows up late
 
 
 @dataclass(frozen=True)
@@ -20,74 +24,166 @@ class ConditionNumber:
 
     kappa: float  # max|lambda| / lambda_min_nonzero; nan when not resolved
     lambda_max: float  # algebraically largest eigenvalue seen
-    lambda_min: float  # algebraically smallest eigenvalue seen
-    lambda_min_nonzero: float  # smallest converged |lambda| above noise_floor; nan when there is none
+    lambda_min: float  # algebraically smallest eigenvalue seen, zero included
+    lambda_min_nonzero: float  # smallest |lambda| above noise_floor that has converged; nan if there is none
     noise_floor: float  # an |lambda| below this cannot be told from zero
-    resolved: bool  # whether lambda_min_nonzero exists
-    converged: bool  # whether it is also the end of the search: nothing smaller is left in the Krylov space
-    kappa_lower_bound: float  # certified by an explicit residual; the largest so far of lower_bounds
-    lower_bounds: Tensor  # (steps,) float64, never falling: the bound after each product
-    residual: float  # |A v - lambda v| of the pair behind lambda_min_nonzero, by an explicit product
+    resolved: bool  # whether lambda_min_nonzero exists, and the bound below does not rule it out
+    converged: bool  # whether nothing that has not converged is left below lambda_min_nonzero
+    kappa_lower_bound: float  # certified by the explicit residual |A v - lambda v| of one Ritz pair
+    lower_bounds: Tensor  # (steps,) float64, never falling: the bound known after each Lanczos step
     num_matvecs: int
+
+    def __str__(self) -> str:
+        if not self.resolved:
+            return f"kappa >= {self.kappa_lower_bound:.4g}, unresolved below {self.noise_floor:.2g}"
+        note = "" if self.converged else f", not converged: at least {self.kappa_lower_bound:.4g}"
+        return f"kappa = {self.kappa:.4g}{note} (unresolved below {self.noise_floor:.2g})"
 
 
 def condition_number(
     A: Any,
     *,
-    max_matvecs: int = 300,
-    tol: float = 1e-3,
+    max_matvecs: int = 200,
+    tol: float = 1e-2,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
 ) -> ConditionNumber:
-    """The condition number of A on its range, from Lanczos started inside the range."""
+    """The condition number of A on its range, max|lambda| / min|lambda| over the nonzero eigenvalues.
+
+    Lanczos from A z, z random, stays in the range of A, where its Ritz values close in on the smallest
+    nonzero |lambda|; from z itself they would slide into the null space. A Ritz value theta with residual r
+    and distance g to the next one (or to zero) has the error min(r, r^2 / g) and has converged when that is below
+    tol |theta|. It ends when the space is invariant, or when the smallest has stayed converged for a fifth
+    more steps. Whatever |theta| is below the noise floor, max(8 eps max|lambda|, measured noise), is zero.
+
+    Args:
+        A: any symmetric (n, n) thing with ``shape`` and ``@``.
+        max_matvecs: most products, at least 5; the rank of A is always enough, far fewer often are.
+        tol: error of lambda_min_nonzero allowed, relative to itself.
+        seed: of the random start.
+        progress: called with the number of products just done.
+
+    Returns:
+        A numerical outcome, never an exception: kappa and lambda_min_nonzero are nan and ``resolved`` is
+        False when no eigenvalue above the noise floor has converged. kappa_lower_bound holds in any case.
+
+    Raises:
+        ValueError: max_matvecs < 5, A is not square, not symmetric or not repeatable.
+
+    References:
+        B. N. Parlett, The Symmetric Eigenvalue Problem, 1980, section 11.7 (the error r^2 / g).
+
+    Example:
+        >>> c = condition_number(torch.diag(torch.tensor([8.0, -4.0, 2.0, 0.0])))
+        >>> print(f"{c.kappa:.3f}", c.resolved, c.converged)
+        4.000 True True
+    """
+    if max_matvecs < 5:
+        raise ValueError(f"max_matvecs must be at least 5, got {max_matvecs}")
     products, generator = Products(A, progress), generator_from(seed)
     z = products.gaussian(generator)
     start = products(z)
+    if not float(start.abs().max()) > 0:
+        return _zero_matrix(products)
     lanczos = Lanczos(products, start, generator=generator)
-    bounds: list[float] = []
-    steps = min(products.n, max(1, max_matvecs - 2))
-    while lanczos.size < steps:
+    bounds, settled, last = [1.0], 0, math.nan
+    # one product is kept for the certificate, one for the null space, one for a look outside an invariant space
+    while lanczos.size < products.n and products.count < max_matvecs - 3:
+        if lanczos.size and lanczos.invariant and not _restart_in_range(lanczos):
+            break
         lanczos.step()
         values, vectors, residuals = lanczos.eigh()
         floor = noise_floor(lanczos)
-        bounds.append(max(_lower_bound(values, residuals, floor), bounds[-1] if bounds else 1.0))
-        if lanczos.invariant:
+        bounds.append(max(bounds[-1], float(_bounds(values, residuals, floor).max())))
+        smallest, done = _smallest(values, residuals, floor, tol)
+        value = math.nan if smallest is None else float(abs(values[smallest]))
+        if not (done and abs(value - last) <= tol * value):
+            settled, last = lanczos.size, value
+        if done and lanczos.size >= CONFIRM * settled + 3:
             break
-    floor = noise_floor(lanczos)
-    values, vectors, residuals = lanczos.eigh()
-    size = np.abs(values)
-    good = np.flatnonzero((size > floor) & (residuals <= tol * size))
-    top = size.max()
-    if len(good):
-        i = good[size[good].argmin()]
-        v = lanczos.combine(vectors[:, [i]])[:, 0]
-        image = products(v).double()
-        smallest = float(v.double() @ image)
-        residual = float((image - smallest * v.double()).norm())
-    else:
-        smallest, residual = float("nan"), float("nan")
+    best = vectors[:, [_bounds(values, residuals, floor).argmax()]]
+    certified = _certify(lanczos, best, floor)
+    # a certificate of something smaller overrules the smallest that has converged
+    if smallest is not None and certified * value > (1 + 2 * tol) * lanczos.top:
+        smallest = None
+    lambda_min, lambda_max = _extremes(lanczos, z)
+    nonzero = math.nan if smallest is None else value
     return ConditionNumber(
-        kappa=float(top / abs(smallest)),
-        lambda_max=float(values.max()),
-        lambda_min=float(values.min()),
-        lambda_min_nonzero=abs(smallest),
+        kappa=float(np.abs(values).max()) / nonzero,
+        lambda_max=lambda_max,
+        lambda_min=lambda_min,
+        lambda_min_nonzero=nonzero,
         noise_floor=floor,
-        resolved=bool(len(good)),
-        converged=bool(len(good)) and lanczos.invariant,
-        kappa_lower_bound=bounds[-1],
-        lower_bounds=torch.tensor(bounds, dtype=torch.float64),
-        residual=residual,
+        resolved=smallest is not None,
+        converged=done,
+        kappa_lower_bound=certified,
+        lower_bounds=torch.tensor(bounds[1:], dtype=torch.float64),
         num_matvecs=products.count,
     )
 
 
+def _restart_in_range(lanczos: Lanczos) -> bool:
+    """Whether A maps something outside an invariant basis elsewhere than to zero; go on from there."""
+    image = lanczos.products(lanczos.outside().to(lanczos.products.work_dtype)).double()
+    for _ in range(2):
+        orthogonalize_(lanczos.basis, image)
+    if float(image.norm()) <= lanczos.breakdown * lanczos.scale:
+        return False
+    lanczos.restart(image)
+    return True
+
+
 def noise_floor(lanczos: Lanczos) -> float:
-    """What an eigenvalue must exceed: rounding of A's dtype, or the measured noise of its products."""
-    # a random symmetric m x m matrix of entries s has norm 2 s sqrt(m)
-    return max(8 * lanczos.products.eps * lanczos.scale, 2 * lanczos.noise * lanczos.size**0.5)
+    """What an |eigenvalue| must exceed to differ from zero: rounding, or the measured noise of products."""
+    # a random symmetric (m, m) matrix with entries of size s has the norm 2 s sqrt(m)
+    return max(8 * lanczos.products.eps * lanczos.top, 2 * lanczos.noise * lanczos.size**0.5)
 
 
-def _lower_bound(values: np.ndarray, residuals: np.ndarray, floor: float) -> float:
-    size = np.abs(values)
-    sure = size - residuals > floor
-    return float(size.max() / (size + residuals)[sure].min()) if sure.any() else 1.0
+def _smallest(values: np.ndarray, residuals: np.ndarray, floor: float, tol: float) -> tuple[int | None, bool]:
+    """Index of the smallest converged |value| above the floor, and whether nothing above it is smaller."""
+    gaps = np.concatenate([[np.inf], np.diff(values), [np.inf]])
+    gaps = np.minimum(np.minimum(gaps[1:], gaps[:-1]), np.abs(values)) + np.finfo(float).tiny
+    errors = np.minimum(residuals, residuals**2 / gaps)
+    above = np.flatnonzero(np.abs(values) > floor)
+    converged = above[errors[above] <= tol * np.abs(values[above])]
+    if len(converged) == 0:
+        return None, False
+    best = converged[np.abs(values[converged]).argmin()]
+    return int(best), bool(np.abs(values[above]).min() >= np.abs(values[best]))
+
+
+def _bounds(values: np.ndarray, residuals: np.ndarray, floor: float) -> np.ndarray:
+    """Lower bounds of kappa: some eigenvalue lies within r of theta, and it is not zero if |theta| - r > 0."""
+    sizes, margin = np.abs(values), floor / 8
+    bounds = (sizes.max() - margin) / (sizes + residuals + margin)
+    return np.where(sizes - residuals > floor, np.maximum(bounds, 1.0), 1.0)
+
+
+def _certify(lanczos: Lanczos, vector: np.ndarray, floor: float) -> float:
+    """A lower bound of kappa from one Ritz vector, by an explicit product."""
+    v = lanczos.combine(vector)[:, 0]
+    image, v = lanczos.products(v).double(), v.double()
+    value = v @ image
+    residual = (image - value * v).norm()
+    bounds = _bounds(np.array([float(value), lanczos.top]), np.array([float(residual), 0.0]), floor)
+    return float(bounds.max())
+
+
+def _extremes(lanczos: Lanczos, z: Tensor) -> tuple[float, float]:
+    """Smallest and largest eigenvalue seen, the null space included, by one product."""
+    alphas, betas, z = lanczos.alphas, lanczos.betas, z.double()
+    norm = z.norm()
+    for _ in range(2):
+        orthogonalize_(lanczos.basis, z)
+    # the range start leaves out one direction of the Krylov space of z: the end of a longer T
+    if float(z.norm()) > 1e-4 * float(norm):
+        z /= z.norm()
+        image = lanczos.products(z.to(lanczos.products.work_dtype)).double()
+        alphas, betas = [*alphas, float(z @ image)], [*betas, float(z @ lanczos.residual)]
+    values = eigvalsh_tridiagonal(np.array(alphas), np.array(betas))
+    return float(values[0]), float(values[-1])
+
+
+def _zero_matrix(products: Products) -> ConditionNumber:
+    nan, none = math.nan, torch.ones(0, dtype=torch.float64)
+    return ConditionNumber(nan, 0.0, 0.0, nan, 0.0, False, True, 1.0, none, products.count)

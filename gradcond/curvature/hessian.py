@@ -219,6 +219,4 @@ def _grad(
     """Vector-Jacobian product, zeros where x does not enter y; the graph of y is kept."""
     if not any(y.requires_grad for y in ys):
         raise ValueError("expected a loss that depends on the trainable parameters; is it detached?")
-    return torch.autograd.grad(
-        ys, xs, vs, retain_graph=True, create_graph=create_graph, materialize_grads=True
-    )
+    return torch.autograd.grad(ys, xs, vs, retain_graph=True, create_graph=create_graph, materialize_grads=True)

@@ -49,6 +49,7 @@ class Lanczos:
         self.off_tridiagonal = 0.0  # sum of squares of what should be zero, and how many there were
         self.off_count = 0
         self.block = 0  # where the part of T since the last restart begins
+        self.dropped = 0.0  # largest residual that a restart has dropped
         self.locked = 0  # the first vectors, kept from earlier: their coupling to the rest is dropped
         self.residual = start.double()
         self._norm = float(self.residual.norm())
@@ -80,6 +81,7 @@ class Lanczos:
         self._rows[: self.locked] = vectors.mT
         self.alphas, self.betas = [float(value) for value in values], [0.0] * (self.locked - 1)
         self._norm = 0.0
+        self.restart(self.outside())
 
     def step(self) -> None:
         """Append one vector to the basis, multiply it, and extend T."""
@@ -89,7 +91,7 @@ class Lanczos:
         w = self.products(q).double()
         # two passes of classical Gram-Schmidt against the whole basis: one is not enough on clusters
         rows = self._rows[: j + 1]
-        h = _orthogonalize_(rows, w) + _orthogonalize_(rows, w)
+        h = orthogonalize_(rows, w) + orthogonalize_(rows, w)
         # one host transfer a step; the coefficients that symmetry makes zero measure the noise
         if j > 0:
             h[j - 1] -= self.betas[j - 1]
@@ -110,21 +112,26 @@ class Lanczos:
             grown[:j] = self._rows
             self._rows = grown
         if j > 0:
-            restart = self.invariant
-            self.betas.append(0.0 if restart else self._norm)
-            if restart:
-                self._restart(j)
+            if self.invariant and self.block < j:
+                self.restart(self.outside())
+            self.betas.append(0.0 if self.block == j else self._norm)
         elif not self._norm > 0:
             raise ValueError("expected a start vector that is not zero")
         self._rows[j] = (self.residual / self._norm).to(self._rows.dtype)
 
-    def _restart(self, j: int) -> None:
-        # three passes: a random vector of the last free dimension may start almost inside the basis
+    def outside(self) -> Tensor:
+        """A random unit vector orthogonal to the basis, float64."""
+        # three passes: a random vector of the last free dimension starts almost inside the basis
         w = self.products.gaussian(self.generator).double()
         for _ in range(3):
             w /= w.norm()
-            _orthogonalize_(self._rows[:j], w)
-        self.residual, self._norm, self.block = w, float(w.norm()), j
+            orthogonalize_(self.basis, w)
+        return w / w.norm()
+
+    def restart(self, w: Tensor) -> None:
+        """Go on from w, float64 and orthogonal to the basis; what couples it to the basis is dropped."""
+        self.dropped = max(self.dropped, self._norm)
+        self.residual, self._norm, self.block = w, float(w.norm()), self.size
 
     @property
     def noise(self) -> float:
@@ -137,7 +144,8 @@ class Lanczos:
         alphas, betas = np.array(self.alphas[start:stop]), np.array(self.betas[start : stop - 1])
         values, vectors = eigh_tridiagonal(alphas, betas)
         self.top = max(self.top, float(np.abs(values).max()))
-        return values, vectors, np.abs(vectors[-1]) * (0.0 if self.exhausted else self._norm)
+        last = 0.0 if self.exhausted or self.block == self.size else self._norm
+        return values, vectors, np.hypot(np.abs(vectors[-1]) * last, self.dropped)
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Vectors of the full space, (n, k) with unit columns, from coefficients (size, k) in the basis."""
@@ -148,7 +156,7 @@ class Lanczos:
         return (vectors / vectors.norm(dim=0)).to(self._rows.dtype)
 
 
-def _orthogonalize_(rows: Tensor, w: Tensor) -> Tensor:
+def orthogonalize_(rows: Tensor, w: Tensor) -> Tensor:
     """Remove from the float64 vector w its part along the rows; return the coefficients."""
     width = max(1, CHUNK // len(rows))
     chunks = [slice(i, i + width) for i in range(0, len(w), width)]
