@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -93,14 +92,19 @@ class BNP(Conditioner):
         if "mean" not in state:
             return None
         mean, variance = state["mean"], state["variance"]
-        damped = variance + self.eps_rel * variance.max() + self.eps
-        damped = torch.where(damped > 0, damped, math.inf)  # eps = 0: a constant input's weights rest
         n = {"rows": state["rows"], "batch": state["samples"], None: layer.fan_in}[self.scale]
         center = self.center and not (state.get("feeds_batch_norm") and not state.get("has_bias", True))
         form = WithBias if state.get("has_bias", True) else WithoutBias
+        if self.standardize:
+            damped = variance + (self.eps_rel * variance.max() + self.eps)
+            inverse = damped.rsqrt()
+            if self.eps == 0:  # a constant input's weights rest
+                inverse = torch.where(damped > 0, inverse, 0.0)
+        else:
+            inverse = torch.ones_like(mean)
         return form(
             mean=layer.columns(mean if center else torch.zeros_like(mean)),
-            deviation=layer.columns(damped.sqrt() if self.standardize else torch.ones_like(mean)),
+            inverse=layer.columns(inverse),
             q=max(layer.fan_in / n, 1.0) ** 0.5,
             taps=layer.taps,
             kernel_size=layer.kernel_size,
@@ -127,7 +131,7 @@ class _Whitening(RowMap):
     """What both forms hold; P, M and their tensors are of the statistics' dtype."""
 
     mean: Tensor  # (groups, 1, in, 1...)
-    deviation: Tensor  # (groups, 1, in, 1...), sigma~
+    inverse: Tensor  # (groups, 1, in, 1...), 1 / sigma~
     q: float
     taps: int
     kernel_size: int
@@ -147,19 +151,19 @@ class WithBias(_Whitening):
     def factor(self, rows: Rows) -> Rows:
         """Weights z / sigma~, bias minus what they carry of the mean."""
         assert rows.bias is not None
-        weight = rows.weight / (self.q * self.deviation)
+        weight = rows.weight * (self.inverse / self.q)
         return Rows(weight, rows.bias / self.q - self._inner(weight, self.mean))
 
     def factor_transpose(self, rows: Rows) -> Rows:
         """Weights (v - v_b mu) / sigma~."""
         assert rows.bias is not None
-        weight = (rows.weight - self._row(rows.bias) * self.mean) / (self.q * self.deviation)
+        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.inverse / self.q)
         return Rows(weight, rows.bias / self.q)
 
     def apply(self, rows: Rows) -> Rows:
         """The update as the class docstring of BNP gives it."""
         assert rows.bias is not None
-        weight = (rows.weight - self._row(rows.bias) * self.mean) / (self.q * self.deviation).square()
+        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.inverse / self.q).square()
         return Rows(weight, rows.bias / self.q**2 - self._inner(weight, self.mean))
 
 
@@ -168,15 +172,15 @@ class WithoutBias(_Whitening):
 
     def _deflate(self, weight: Tensor) -> Tensor:
         """(I - c v v^T) w with c = (1 - 1/sqrt(1 + |v|^2)) / |v|^2, written without 0/0 at v = 0."""
-        v = self.mean / self.deviation
+        v = self.mean * self.inverse
         root = (1 + self.kernel_size * v.square().flatten(1).sum(1)).sqrt()  # (groups,)
         c = 1 / (root * (1 + root))
         return weight - self._row(c[:, None] * self._inner(weight, v)) * v
 
     def factor(self, rows: Rows) -> Rows:
         """Deflated, then divided by the deviations."""
-        return Rows(self._deflate(rows.weight) / (self.q * self.deviation), rows.bias)
+        return Rows(self._deflate(rows.weight) * (self.inverse / self.q), rows.bias)
 
     def factor_transpose(self, rows: Rows) -> Rows:
         """Divided by the deviations, then deflated."""
-        return Rows(self._deflate(rows.weight / (self.q * self.deviation)), rows.bias)
+        return Rows(self._deflate(rows.weight * (self.inverse / self.q)), rows.bias)

@@ -104,9 +104,8 @@ class BatchNormProbe(_Hook):
         for capture in self.captures:
             output_ref, version = capture.last_output
             last = output_ref()
-            if (
-                last is not None and last is x and last._version == version
-            ):  # an in-place activation in between moves the version
+            # an in-place activation in between moves the version
+            if last is not None and last is x and last._version == version:
                 capture.feeds_batch_norm = True
 
     def remove(self) -> None:

@@ -68,7 +68,6 @@ class Engine:
         }
         self.probe = BatchNormProbe(self.captures.values(), self.model)
         self.conditioned: dict[str, tuple[weakref.ref[Tensor], int]] = {}
-        self.begin()
         handles = [capture.handle for capture in self.captures.values()] + self.probe.handles
         self.detach = weakref.finalize(self, _remove, handles)
 
@@ -92,19 +91,20 @@ class Engine:
                 found.append(Assignment(layer, trained(layer.module.bias, held), members))
         return found
 
-    def begin(self) -> None:
-        """A new step: its first gradients decide its P."""
+    def begin(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """A new step, over these parameter groups: its first gradients decide its P."""
+        if not any(self.states):  # the first step: weights may have been set since wrap
+            self._ask_refusals()
+        self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
 
-    def condition_(self, groups: Iterable[Mapping[str, Any]]) -> None:
+    def condition_(self) -> None:
         """Replaces each layer's gradient g by M g, in place, once per gradient.
 
         Raises:
             ValueError: for a gradient or an input that is not finite; nothing has been changed then.
         """
-        if not any(self.states):  # the first step: weights may have been set since wrap
-            self._ask_refusals()
-        ready = [a.with_gradients() for a in self.assignments(groups) if self._is_fresh(a)]
+        ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
         moments = {name: capture.take() for name, capture in self.captures.items()}
         if not ready:
             return
@@ -119,15 +119,14 @@ class Engine:
             grad: Tensor = assignment.layer.module.weight.grad
             self.conditioned[name] = weakref.ref(grad), grad._version
 
-    def finish_(self, groups: Iterable[Mapping[str, Any]]) -> None:
+    def finish_(self) -> None:
         """After the optimizer's step: weights go back to where their conditioners keep them."""
-        for assignment in self.assignments(groups):
+        for assignment in self.assigned:
             for i in assignment.members:
                 if assignment.layer.name in self.states[i]:
                     self.chain[i].retract_(assignment.layer, self.states[i][assignment.layer.name])
         if self.frozen:
             self.probe.remove()
-        self.begin()
 
     def preconditioner(self, groups: Iterable[Mapping[str, Any]]) -> Preconditioner:
         """The M of the last step, or what the chain gives before the first one."""
@@ -187,13 +186,13 @@ class Engine:
 
     def _require_finite(self, ready: list[Assignment], moments: Mapping[str, Moments | None]) -> None:
         grads = [p.grad for a in ready for p in a.parameters if p.grad is not None]
-        squares = [m.squares for m in moments.values() if m is not None]
-        if math.isfinite(torch.nn.utils.get_total_norm(grads + squares, norm_type=math.inf)):
+        variances = [m.variance for m in moments.values() if m is not None]
+        if math.isfinite(torch.nn.utils.get_total_norm(grads + variances, norm_type=math.inf)):
             return
         names = {id(p): name for name, p in self.model.named_parameters()}
         where = [names[id(p)] for a in ready for p in a.parameters if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]
         where = [f"the gradient of {name}" for name in where] + [
-            f"the input of {name}" for name, m in moments.items() if m and not bool(m.squares.isfinite().all())
+            f"the input of {name}" for name, m in moments.items() if m and not bool(m.variance.isfinite().all())
         ]
         raise ValueError(
             f"expected finite gradients, got nan or inf in {', '.join(where[:5])}; parameters and statistics "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,9 +28,22 @@ class Rows(NamedTuple):
     bias: Tensor | None  # (..., groups, out)
 
 
-@dataclass(frozen=True)
 class Layer:
     """A module whose weight has rows, under its qualified name in the model.
+
+    Args:
+        name: of the module in the model.
+        module: an nn.Linear or a convolution.
+
+    Attributes:
+        transposed: is the weight (in, out / groups, *taps)?
+        convolution: is it a convolution, transposed or not?
+        groups: number of groups, 1 for Linear.
+        inputs: number of input channels (features for Linear), all groups together.
+        units: number of output units of one group.
+        taps: number of spatial axes of the kernel, 0 for Linear.
+        kernel_size: number of taps of one (output, input) kernel, 1 for Linear.
+        fan_in: length of a row: inputs of the unit's group times kernel_size.
 
     Example:
         >>> layer = Layer("up", nn.ConvTranspose1d(6, 4, 3, groups=2))
@@ -41,50 +53,18 @@ class Layer:
         (9, 6)
     """
 
-    name: str
-    module: Any  # an nn.Linear or a convolution, so that its weight, bias, groups can be read as they are
-
-    @property
-    def taps(self) -> int:
-        """Number of spatial axes of the kernel: 0 for Linear."""
-        return self.module.weight.dim() - 2
-
-    @property
-    def groups(self) -> int:
-        """Number of groups: 1 for Linear."""
-        return getattr(self.module, "groups", 1)
-
-    @property
-    def inputs(self) -> int:
-        """Number of input channels (features for Linear), all groups together."""
-        shape = self.module.weight.shape
-        return shape[0] if self.transposed else shape[1] * self.groups
-
-    @property
-    def units(self) -> int:
-        """Number of output units of one group."""
-        shape = self.module.weight.shape
-        return shape[1] if self.transposed else shape[0] // self.groups
-
-    @property
-    def fan_in(self) -> int:
-        """Length of a row: inputs of the unit's group times taps."""
-        return self.inputs // self.groups * self.kernel_size
-
-    @property
-    def kernel_size(self) -> int:
-        """Number of taps of one (output, input) kernel: 1 for Linear."""
-        return math.prod(self.module.weight.shape[2:])
-
-    @property
-    def transposed(self) -> bool:
-        """True for transposed convolutions, whose weight is (in, out / groups, *taps)."""
-        return isinstance(self.module, _TRANSPOSED)
-
-    @property
-    def convolution(self) -> bool:
-        """True for convolutions, transposed ones included."""
-        return isinstance(self.module, _CONVOLUTIONS + _TRANSPOSED)
+    def __init__(self, name: str, module: Any) -> None:
+        first, second, *kernel = module.weight.shape
+        self.name = name
+        self.module = module
+        self.transposed = isinstance(module, _TRANSPOSED)
+        self.convolution = isinstance(module, _CONVOLUTIONS + _TRANSPOSED)
+        self.groups: int = getattr(module, "groups", 1)
+        self.inputs: int = first if self.transposed else second * self.groups
+        self.units: int = second if self.transposed else first // self.groups
+        self.taps = len(kernel)
+        self.kernel_size = math.prod(kernel)
+        self.fan_in = self.inputs // self.groups * self.kernel_size
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
         """Views of a weight- and a bias-shaped tensor as rows; leading batch axes are kept.

@@ -75,13 +75,13 @@ class ConditionedOptimizer(Optimizer):
             ValueError: for gradients or inputs that are not finite; parameters and statistics stay.
         """
         engine = self._engine
-        engine.begin()
+        engine.begin(self.param_groups)
         if closure is None:
-            engine.condition_(self.param_groups)
+            engine.condition_()
             loss = self.optimizer.step()
         else:
             loss = self.optimizer.step(self._conditioned(closure))
-        engine.finish_(self.param_groups)
+        engine.finish_()
         return loss
 
     step.hooked = True  # type: ignore[attr-defined]  # the inner step runs the hooks: once
@@ -95,7 +95,7 @@ class ConditionedOptimizer(Optimizer):
                     f"expected a finite loss from the closure, got {loss}; parameters and statistics are as "
                     "before this evaluation. Lower the learning rate, or look at the data"
                 )
-            self._engine.condition_(self.param_groups)
+            self._engine.condition_()
             return loss
 
         return conditioned

@@ -1,7 +1,7 @@
 """Moments of a layer's input: taken once per call, merged over calls, folded once per step.
 
-Counts, means and sums of squared deviations are kept (Welford, 1962), never sums of squares: the variance of
-inputs with a large mean is then right in float32.
+Counts, means and variances are kept, never sums of squares: the variance of inputs with a large mean is then
+right in float32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Moments:
         Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 
     Example:
-        >>> a = Moments(1, 1, 1, torch.tensor([0.0]), torch.tensor([0.0]))
+        >>> a = Moments(count=1, samples=1, rows=1, mean=torch.tensor([0.0]), variance=torch.tensor([0.0]))
         >>> b = Moments(1, 1, 1, torch.tensor([4.0]), torch.tensor([0.0]))
         >>> a.merge(b).mean, a.merge(b).variance
         (tensor([2.]), tensor([4.]))
@@ -35,24 +35,24 @@ class Moments:
     samples: int
     rows: int  # samples x output positions
     mean: Tensor  # (inputs,) float32 or float64
-    squares: Tensor  # (inputs,) sum over positions of (x - mean)^2
-
-    @property
-    def variance(self) -> Tensor:
-        """Biased variance, (inputs,)."""
-        return self.squares / self.count
+    variance: Tensor  # (inputs,) biased
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of rows together."""
         count = self.count + other.count
-        delta = other.mean - self.mean
+        a = other.count / count
         return Moments(
             count,
             self.samples + other.samples,
             self.rows + other.rows,
-            self.mean + delta * (other.count / count),
-            self.squares + other.squares + delta.square() * (self.count * other.count / count),
+            *total(self.mean, self.variance, other.mean, other.variance, a),
         )
+
+
+def total(mean: Tensor, variance: Tensor, mean_a: Tensor, variance_a: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    """Mean and total variance of a mixture in which the second part has weight a."""
+    d = mean_a - mean
+    return mean.lerp(mean_a, a), variance.lerp(variance_a, a).addcmul_(d, d, value=a * (1 - a))
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def input_moments(layer: Layer, x: Tensor, output: Tensor) -> Moments | None:
     count = x.numel() // x.shape[axis]
     samples = x.shape[0] if axis > 0 else 1
     rows = output.numel() // (layer.units * layer.groups)
-    return Moments(count, samples, rows, mean, variance * count)
+    return Moments(count, samples, rows, mean, variance)
 
 
 def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> None:
@@ -109,7 +109,5 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
         a = (1 - decay) / (1 - decay**steps)
     elif start == "first_batch" and steps == 1:
         a = 1.0
-    d = moments.mean - mean
-    state["mean"] = mean + a * d
-    state["variance"] = (1 - a) * variance + a * moments.variance + a * (1 - a) * d.square()
+    state["mean"], state["variance"] = total(mean, variance, moments.mean, moments.variance, a)
     state["steps"], state["rows"], state["samples"] = steps, moments.rows, moments.samples

@@ -1,0 +1,37 @@
+"""A problem file: scikit-learn's handwritten digits (real scans, 8 x 8, pixels 0..16 as they are) and a ReLU network.
+
+The pixels keep their raw scale and their means on purpose: that is the ill-conditioned input which normalization
+layers, or gradient conditioning, put right.
+"""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+loss_fn = nn.CrossEntropyLoss()
+
+
+def build_model() -> nn.Module:
+    """The network, in torch's default initialization: 64-64-64-10."""
+    return nn.Sequential(
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same split every time: 1,437 training and 360 test images as (x_train, y_train, x_test, y_test)."""
+    digits = load_digits()
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(digits.data, dtype=torch.float32)[order]
+    y = torch.tensor(digits.target)[order]
+    return x[:1437], y[:1437], x[1437:], y[1437:]
+
+
+def load_data() -> list[tuple[Tensor, Tensor]]:
+    """The training set as one batch, over which curvature is measured."""
+    x, y, _, _ = split()
+    return [(x, y)]
