@@ -78,6 +78,14 @@ def test_a_diverged_seed_ends_the_mean_and_is_counted(tmp_path):
     assert main([str(run), "--out", str(tmp_path / "a.png")]) == 0
 
 
+def test_a_seed_that_stops_early_is_not_continued(tmp_path):
+    curves = load_run(write_run(tmp_path / "a", *("0,0,4,0,", "0,1,3,0,", "0,2,2,0,"), *("1,1,4,0,", "1,2,1,0,")))
+    np.testing.assert_array_equal(curves["train_loss"], [[4, 3, 2], [np.nan, 4, 1]])
+    short = load_run(write_run(tmp_path / "b", "0,0,4,0,", "0,1,3,0,", "1,0,4,0,"))
+    np.testing.assert_array_equal(short["train_loss"], [[4, 3], [4, np.nan]])
+    assert summary(short)["train_loss"] == "1 of 2 ended early"
+
+
 def test_seeds_evaluated_at_different_steps_meet_by_interpolation(tmp_path):
     run = write_run(tmp_path / "a", *("0,0,4,0,", "0,4,0,1,"), *("1,0,4,0,", "1,2,1,0.5,", "1,4,0,1,"))
     curves = load_run(run)
