@@ -87,10 +87,11 @@ def condition_number(
         return _zero_matrix(products)
     lanczos = Lanczos(products, start, generator=generator)
     bounds, settled, last = [1.0], 0, math.nan
-    # one product is kept for the certificate, one for the null space, one for a look outside an invariant space
-    while lanczos.size < products.n and products.count < max_matvecs - 3:
-        if lanczos.size and lanczos.invariant and not _restart_in_range(lanczos):
-            break
+    # one product is kept for the certificate, one for the null space
+    while lanczos.size < products.n and products.count < max_matvecs - 2:
+        if lanczos.size and lanczos.invariant:
+            if products.count == max_matvecs - 3 or not _restart_in_range(lanczos):
+                break
         lanczos.step()
         values, vectors, residuals = lanczos.eigh()
         floor = noise_floor(lanczos)

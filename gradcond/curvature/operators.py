@@ -99,8 +99,8 @@ class Products:
         self.work_dtype = working_dtype(self.dtype)
         self.eps = torch.finfo(self.dtype).eps
         if isinstance(A, Tensor):
+            A = self.A = A.detach().to(self.work_dtype)
             self.check_symmetry(float((A - A.mT).abs().max()), float(A.abs().max()))
-            self.A = A.detach().to(self.work_dtype)
         elif hasattr(A, "check_deterministic"):
             A.check_deterministic()
 
