@@ -51,7 +51,7 @@ def panels(rows: int, columns: int, path: Path, **options: Any) -> Iterator[Any]
     from matplotlib.figure import Figure
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.0 * columns, 4.6 * rows), layout="constrained")
+        figure = Figure(figsize=(max(6.0 * columns, 8.0), 4.6 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         with replacing(path) as file:
@@ -68,9 +68,11 @@ def line_style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": dashes, "linewidth": 2.0}
 
 
-def legend_below(figure: Figure, axes: Axes, *, columns: int = 4) -> None:
-    """Put the legend of `axes` under the panels, where it covers no data."""
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Put the legend of `axes` under the panels, where it covers no data, in rows that fit."""
     handles, names = axes.get_legend_handles_labels()
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.25 * ((len(names) - 1) // columns))  # rows after the first: more room
-    figure.legend(handles, names, loc="outside lower center", ncols=min(columns, len(names)))
+    # about 11 letters an inch, and 8 for the handle
+    columns = max(1, min(len(names), int(11 * width / (max(map(len, names)) + 8))))
+    figure.set_size_inches(width, height + 0.25 * ((len(names) - 1) // columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)

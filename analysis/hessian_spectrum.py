@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from gradcond import curvature
 
+MEASURED = ("num_matvecs", "num_probes", "kappa_matvecs", "top", "seed")  # options passed on
 OPERATORS: dict[str, Any] = {"hessian": curvature.Hessian, "ggn": curvature.GGN}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "as-is": None}
 
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", type=_device, default="cpu", help="where to compute, such as cuda")
     add("--num-matvecs", type=_positive, default=80, metavar="M", help="products per probe of the density")
     add("--num-probes", type=_positive, default=5, metavar="K", help="random probes of the density")
+    add("--kappa-matvecs", type=_positive, default=200, metavar="M", help="most products for kappa")
     add("--top", type=_positive, default=5, metavar="K", help="eigenvalues at each end")
     add("--seed", type=int, default=0, help="of probes, start vectors and shuffled data")
     args = parser.parse_args(argv)
@@ -95,8 +97,8 @@ def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
     report: Numbers = {"settings": vars(args), "checkpoints": []}
     arrays: Arrays = {}
     variants = 1 + args.preconditioned
-    # two eigsh, a condition number and a trace of about a hundred products each, and the density
-    guess = len(checkpoints) * variants * (400 + args.num_matvecs * args.num_probes)
+    # two eigsh and a trace of about a hundred products each, the condition number and the density
+    guess = len(checkpoints) * variants * (300 + args.kappa_matvecs + args.num_matvecs * args.num_probes)
     with tqdm(total=guess, unit="product", desc="spectra", mininterval=0.5) as bar:
         for index, (label, checkpoint) in enumerate(zip(labels(args.checkpoints), checkpoints, strict=True)):
             entry, own = analyse_one(problem, checkpoint, data, args, bar.update)
@@ -148,7 +150,7 @@ def analyse_one(
     variants = {"plain": hessian}
     if preconditioner is not None:
         variants["preconditioned"] = curvature.Preconditioned(hessian, preconditioner)
-    options = {name: getattr(args, name) for name in ("num_matvecs", "num_probes", "top", "seed")}
+    options = {name: getattr(args, name) for name in MEASURED}
     for variant, operator in variants.items():
         entry[variant], own = measure(operator, **options, report=report)
         arrays |= {f"{variant}/{name}": values for name, values in own.items()}

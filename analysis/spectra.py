@@ -22,7 +22,14 @@ Arrays = dict[str, np.ndarray]
 
 
 def measure(
-    operator: Any, *, num_matvecs: int, num_probes: int, top: int, seed: int, report: Callable[[int], Any]
+    operator: Any,
+    *,
+    num_matvecs: int,
+    num_probes: int,
+    top: int,
+    kappa_matvecs: int,
+    seed: int,
+    report: Callable[[int], Any],
 ) -> tuple[Numbers, Arrays]:
     """Return the numbers and the arrays of one spectrum.
 
@@ -33,6 +40,7 @@ def measure(
         num_matvecs: products per probe of the density; more than n are not spent.
         num_probes: random probes of the density.
         top: eigenvalues at each end; more than n are not sought.
+        kappa_matvecs: most products for the condition number.
         seed: of the probes and start vectors.
         report: called with the number of products as they happen.
 
@@ -51,7 +59,7 @@ def measure(
         warnings.simplefilter("ignore", UserWarning)
         largest = curvature.eigsh(operator, min(top, n), "LA", **common)
         smallest = curvature.eigsh(operator, min(top, n), "SA", **common)
-    condition = curvature.condition_number(operator, **common)
+    condition = curvature.condition_number(operator, max_matvecs=kappa_matvecs, **common)
     steps = min(num_matvecs, n)
     density = curvature.spectral_density(
         operator, num_matvecs=steps, num_probes=num_probes, grid="symlog", **common
