@@ -49,9 +49,10 @@ def panels(rows: int, columns: int, path: Path, **options: Any) -> Iterator[Any]
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(6.0 * columns, 8.0), 4.6 * rows), layout="constrained")
+        figure = Figure(figsize=(max(6.0 * columns, 8.0), 4.6 * rows), layout=ConstrainedLayoutEngine(h_pad=0.09))
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         with replacing(path) as file:

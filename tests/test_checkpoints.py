@@ -230,9 +230,7 @@ def test_another_architecture_is_told_with_the_first_few_names(tmp_path):
     words += ["0.weight is (3, 3), not (2, 3)", "build_model()"]
     assert_error(words, checkpoint.load_into, model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert_error(
-        ["4 missing (1.weight"], load_checkpoint(saved(tmp_path, model.state_dict())).load_into, deep
-    )
+    assert_error(["4 missing (1.weight"], load_checkpoint(saved(tmp_path, model.state_dict())).load_into, deep)
 
 
 def test_batches_are_moved_at_any_nesting():
