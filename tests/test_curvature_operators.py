@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradcond.curvature import GGN, Hessian
@@ -321,6 +322,42 @@ def test_switches_are_put_back_after_an_error():
         H @ torch.ones(H.shape[0])
     assert caught.value is not None and torch.equal(torch.get_rng_state(), state)
     assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def partly_compiled(model):
+    return nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:])
+
+
+WRAPPERS = {
+    "checkpointing": Checkpointed,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled inside": partly_compiled,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrapped_models(name):
+    model, x, y = mlp(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    H = Hessian(WRAPPERS[name](model), nn.CrossEntropyLoss(), [(x, y)])
+    assert_same_operator(H, dense_hessian(model, F.cross_entropy, x, y))
+
+
+def test_gradient_hooks_do_not_enter_and_stay():
+    model, x, y = mlp(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    exact = dense_hessian(model, F.cross_entropy, x, y)
+    model[0].weight.register_hook(lambda g: 0 * g)
+    assert_same_operator(Hessian(model, nn.CrossEntropyLoss(), [(x, y)]), exact)
+    F.cross_entropy(model(x), y).backward()
+    assert model[0].weight.grad.norm() == 0 < model[0].bias.grad.norm()
 
 
 def test_the_parameters_are_those_of_the_moment():

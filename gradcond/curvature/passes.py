@@ -82,6 +82,10 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         if "torch._dynamo" in sys.modules:  # compiled parts run as they were written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_seeded(data, seed))
+        # a gradient hook on a parameter changes what is learned, not the loss whose curvature we want
+        for p in model.parameters():
+            stack.callback(setattr, p, "_backward_hooks", p._backward_hooks)
+            p._backward_hooks = None
         yield
 
 
