@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -81,9 +80,22 @@ def measure(
 
 
 def _bulk(density: Any, floor: float, largest: float) -> Numbers:
-    """How far the largest eigenvalue stands out of the middle of those that can be told from zero."""
-    median = float(density.quantile(0.5, absolute=True, above=floor))
-    return {"median_magnitude": median, "ratio": largest / median if median > 0 else math.inf}
+    """How far the largest eigenvalue stands out of the middle of those that can be told from zero.
+
+    Where few Lanczos steps leave the bulk unresolved, the median moves by orders of magnitude from probe to
+    probe; so the smallest and the largest ratio of single probes are told too.
+    """
+
+    def ratio(own: Tensor) -> float:
+        part = dataclasses.replace(density, nodes=density.nodes[own], weights=density.weights[own])
+        return largest / part.quantile(0.5, absolute=True, above=floor)
+
+    ratios = [ratio(density.probes == probe) for probe in density.probes.unique()]
+    return {
+        "median_magnitude": float(density.quantile(0.5, absolute=True, above=floor)),
+        "ratio": ratio(density.probes >= 0),
+        "ratio_of_probes": [min(ratios), max(ratios)],
+    }
 
 
 def _pairs(pairs: Any) -> Numbers:

@@ -49,7 +49,7 @@ def _row(variant: str, numbers: Mapping[str, Any]) -> tuple[str, ...]:
         _text(numbers["smallest"]["eigenvalues"][0]),
         _text(numbers["trace"]["estimate"]),
         _text(numbers["trace"]["std_error"], 2),
-        _text(numbers["bulk"]["ratio"], 3),
+        " to ".join(_text(ratio, 2) for ratio in numbers["bulk"]["ratio_of_probes"]),
         str(numbers["num_matvecs"]),
     )
 

@@ -106,6 +106,9 @@ def test_numbers_are_those_of_the_dense_matrices(folder, capsys):
                 assert numbers["condition"]["kappa"] == pytest.approx(kept.max() / kept.min(), rel=1e-3)
             assert numbers["condition"]["kappa_lower_bound"] <= 1.001 * kept.max() / kept.min()
             assert numbers["num_matvecs"] > 5 * 20
+            bulk, (low, high) = numbers["bulk"], numbers["bulk"]["ratio_of_probes"]
+            assert bulk["ratio"] == pytest.approx(exact[-1] / bulk["median_magnitude"])
+            assert low <= bulk["ratio"] <= high and low < np.inf
     table = capsys.readouterr().out
     assert "step3: 23 parameters, loss" in table
     assert "kappa of preconditioned: " in table and "certified >= " in table
