@@ -1,5 +1,6 @@
 """Lanczos, eigenpairs, density, condition number and trace on matrices of prescribed spectrum."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -120,6 +121,12 @@ def test_eigsh_in_single_precision(name):
     wanted = eigenvalues.sort(descending=True)[0][:5]
     error = (pairs.eigenvalues.double() - wanted).abs().max()
     assert error <= 2e-6 * eigenvalues.abs().max()
+
+
+def test_eigsh_keeps_its_tolerance_at_a_breakdown():
+    for _ in range(8):
+        A = matrix(torch.cat([torch.tensor([5.0, 5, 5, 1, 1]), torch.zeros(195)]), torch.float32)
+        assert eigsh(A, 5).converged.all()
 
 
 def test_eigsh_does_not_claim_what_it_has_not():
@@ -279,6 +286,7 @@ KNOWN = {
     "indefinite": (torch.tensor([8.0, -4.0, -2.0, 1.0, 0.0, 0.0]), 8),
     "multiple": (torch.tensor([5.0, 5.0, 2.0, 2.0, 2.0, 0.0]), 2.5),
     "nine decades": (10.0 ** -torch.arange(10), 1e9),
+    "far apart": (torch.tensor([1.0, 1e-5, 1e-10, 0.0, 0.0, 0.0]), 1e10),
     "rank 1": (torch.cat([torch.tensor([3.0]), torch.zeros(30)]), 1),
 }
 
@@ -323,6 +331,14 @@ def test_trace_and_diagonal():
     rough = diagonal(A, 50)
     assert ((rough.estimate - A.diagonal()).abs() <= 5 * rough.std_error).all()
     assert torch.isnan(trace(A, 1).std_error)
+
+
+def test_standard_errors_do_not_depend_on_the_block(monkeypatch):
+    A = matrix(torch.randn(100))
+    whole = torch.stack([trace(A, 8, seed).std_error for seed in range(100)]).square().mean()
+    monkeypatch.setattr(sys.modules["gradcond.curvature.trace"], "BLOCK", 3)
+    parts = torch.stack([trace(A, 8, seed).std_error for seed in range(100)]).square().mean()
+    torch.testing.assert_close(parts, whole, rtol=0.2, atol=0)
 
 
 class Scaling:

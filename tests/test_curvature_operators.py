@@ -257,6 +257,18 @@ def test_products_and_counts(kind):
         torch.testing.assert_close(H @ V, together)
 
 
+def test_a_loss_linear_in_the_output():
+    model, x, y = mlp(), torch.randn(6, 4), torch.randn(6, 3)
+    linear = split(x, y, [3, 3])
+
+    def loss_fn(z, y):
+        return (z * y).mean()
+
+    assert_same_operator(Hessian(model, loss_fn, linear), dense_hessian(model, loss_fn, x, y))
+    assert not GGN(model, loss_fn, linear).to_dense().any()
+    assert not Hessian(nn.Linear(4, 3), loss_fn, linear).to_dense().any()
+
+
 def test_loss_and_gradient():
     model, x, y = mlp(), torch.randn(6, 4), torch.randint(0, 3, (6,))
     H = Hessian(model, nn.CrossEntropyLoss(), split(x, y, [5, 1]))
@@ -334,7 +346,7 @@ class Checkpointed(nn.Module):
 
 
 def partly_compiled(model):
-    return nn.Sequential(torch.compile(model[0], backend="eager"), *model[1:])
+    return nn.Sequential(torch.compile(model[0], backend="aot_eager"), *model[1:])
 
 
 WRAPPERS = {

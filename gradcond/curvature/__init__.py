@@ -3,11 +3,11 @@
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.hessian import GGN, Hessian
-from gradcond.curvature.lanczos import Tridiagonal, tridiagonalize
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
 from gradcond.curvature.spectrum import SpectralDensity, spectral_density
 from gradcond.curvature.trace import Estimate, diagonal, trace
+from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [
     "GGN",

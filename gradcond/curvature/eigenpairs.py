@@ -21,7 +21,13 @@ KEYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"LA": lambda x: x, "SA": 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenpairs in the order asked for, with their certificates."""
+    """Eigenpairs in the order asked for, with their certificates.
+
+    Example:
+        >>> pairs = eigsh(torch.diag(torch.tensor([3.0, -5.0, 1.0])), k=1, which="SA")
+        >>> pairs.eigenvectors.abs().round(decimals=4).T
+        tensor([[0., 1., 0.]])
+    """
 
     eigenvalues: Tensor  # (k,) signed
     eigenvectors: Tensor  # (n, k) orthonormal columns

@@ -25,6 +25,13 @@ class Operator:
 
     Subclasses define ``_columns(V)``, the product with the columns of V, both (n, k) in the working dtype
     (float64 for a float64 operator, float32 otherwise).
+
+    Example:
+        >>> class Twice(Operator):
+        ...     def _columns(self, V): return 2 * V
+        >>> A = Twice(3, torch.float32, torch.device("cpu"))
+        >>> A @ torch.tensor([1.0, 2.0, 3.0]), A.num_matvecs
+        (tensor([2., 4., 6.]), 1)
     """
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:

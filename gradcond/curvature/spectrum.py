@@ -16,7 +16,13 @@ from gradcond.curvature.smoothing import evaluation_grid, smooth
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Quadrature nodes of all probes together, and the smooth density they make. All float64, on the CPU."""
+    """Quadrature nodes of all probes together, and the smooth density they make. All float64, on the CPU.
+
+    Example:
+        >>> density = spectral_density(torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0])))
+        >>> print(f"{density.quantile(0.5):.3f} {density.quantile(0.9):.3f}")
+        1.000 5.000
+    """
 
     nodes: Tensor  # (m,) ascending Ritz values of all probes
     weights: Tensor  # (m,) their sum is one

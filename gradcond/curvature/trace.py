@@ -16,7 +16,12 @@ BLOCK = 8  # probes multiplied together: they share the forward passes
 
 @dataclass(frozen=True)
 class Estimate:
-    """An unbiased estimate; exact, with standard error zero, when num_matvecs >= n."""
+    """An unbiased estimate; exact, with standard error zero, when num_matvecs >= n.
+
+    Example:
+        >>> trace(torch.eye(9), num_matvecs=3)  # every probe gives 9
+        Estimate(estimate=tensor(9., dtype=torch.float64), std_error=tensor(0., ...), num_matvecs=3)
+    """
 
     estimate: Tensor  # () for a trace, (n,) for a diagonal
     std_error: Tensor  # of the same shape; nan after a single probe
