@@ -56,8 +56,8 @@ class LossOperator(Operator):
     def check_deterministic(self) -> float:
         """The relative difference of two products of the same vector, under different random states.
 
-        Costs two products, once per operator; eigsh, spectral_density, condition_number, trace and diagonal
-        call it before they start.
+        Costs two products, once per operator: eigsh, spectral_density, condition_number, trace and diagonal
+        call it before they start. ``num_matvecs`` of the operator counts them, that of the results does not.
 
         Raises:
             ValueError: the products differ by more than rounding explains.
