@@ -28,7 +28,7 @@ import torch
 from checkpoints import Checkpoint, load_checkpoint
 from command import InputError, labels, require_folder
 from problems import Problem, load_problem, to
-from spectra import Arrays, Numbers, measure
+from spectra import Arrays, Numbers, measure, measure_exact
 from spectrum_figure import draw
 from spectrum_files import read, write
 from spectrum_table import print_table
@@ -62,6 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-probes", type=_positive, default=5, metavar="K", help="random probes of the density")
     add("--kappa-matvecs", type=_positive, default=200, metavar="M", help="most products for kappa")
     add("--top", type=_positive, default=5, metavar="K", help="eigenvalues at each end")
+    add("--exact-below", type=int, default=3000, metavar="N", help="no estimates up to N parameters")
     add("--seed", type=int, default=0, help="of probes, start vectors and shuffled data")
     args = parser.parse_args(argv)
     if args.redraw == bool(args.checkpoints or args.problem):
@@ -147,12 +148,19 @@ def analyse_one(
         ) from error
     entry: Numbers = {"parameters": hessian.shape[0], "loss": loss, "notes": notes}
     arrays: Arrays = {}
-    variants = {"plain": hessian}
+    exact = hessian.shape[0] <= args.exact_below
+    if exact:
+        hessian.check_deterministic()
+    matrix = hessian.to_dense(progress=report) if exact else hessian
+    variants = {"plain": matrix}
     if preconditioner is not None:
-        variants["preconditioned"] = curvature.Preconditioned(hessian, preconditioner)
+        variants["preconditioned"] = curvature.Preconditioned(matrix, preconditioner)
     options = {name: getattr(args, name) for name in MEASURED}
     for variant, operator in variants.items():
-        entry[variant], own = measure(operator, **options, report=report)
+        if exact:
+            entry[variant], own = measure_exact(operator, top=args.top)
+        else:
+            entry[variant], own = measure(operator, **options, report=report)
         arrays |= {f"{variant}/{name}": values for name, values in own.items()}
     return entry, arrays
 

@@ -64,6 +64,7 @@ def measure(
         operator, num_matvecs=steps, num_probes=num_probes, grid="symlog", **common
     )
     numbers = {
+        "exact": False,
         "largest": _pairs(largest),
         "smallest": _pairs(smallest),
         "trace": _scalars(curvature.trace(operator, **common)),
@@ -77,6 +78,44 @@ def measure(
         for name in ("eigenvalues", "residuals")
     }
     return numbers, {name: ends[name] if name in ends else _array(getattr(density, name)) for name in ARRAYS}
+
+
+def measure_exact(matrix: Any, *, top: int) -> tuple[Numbers, Arrays]:
+    """Return what `measure` does, from all eigenvalues of a matrix that has been written out.
+
+    Args:
+        matrix: any symmetric (n, n) thing with `shape` and `@` whose products are cheap.
+        top: eigenvalues told of at each end.
+    """
+    spectrum = curvature.exact_spectrum(matrix, grid="symlog")
+    condition, values = spectrum.condition, spectrum.eigenvalues
+    low, high = values[:top], values[-top:]
+    ends = {"smallest": low, "largest": high.flip(0)}
+    numbers = {
+        "exact": True,
+        **{end: _known(own, spectrum.error) for end, own in ends.items()},
+        "trace": {"estimate": spectrum.trace, "std_error": 0.0, "num_matvecs": len(values)},
+        "condition": _scalars(condition),
+        "density": _scalars(spectrum.density),
+        "bulk": _bulk(spectrum.density, float(condition.noise_floor), float(condition.lambda_max)),
+        "num_matvecs": len(values),
+    }
+    arrays = {name: _array(getattr(spectrum.density, name)) for name in ARRAYS[2:]}
+    eigenvalues = torch.cat([low, high])
+    return numbers, {
+        "eigenvalues": _array(eigenvalues),
+        "residuals": _array(torch.full_like(eigenvalues, spectrum.error)),
+        **arrays,
+    }
+
+
+def _known(values: Tensor, error: float) -> Numbers:
+    return {
+        "eigenvalues": values.tolist(),
+        "residuals": [error] * len(values),
+        "converged": [True] * len(values),
+        "num_matvecs": 0,
+    }
 
 
 def _bulk(density: Any, floor: float, largest: float) -> Numbers:

@@ -114,6 +114,11 @@ def _draw_panel(
 
 
 def title(entry: Mapping[str, Any]) -> str:
-    """Name the checkpoint and its condition numbers."""
-    kappas = [kappa(entry[variant]["condition"]) for variant in VARIANTS if variant in entry]
-    return f"{entry['label']}:  κ {' → '.join(kappas)}".replace(">=", "≥")
+    """Name the checkpoint and its condition numbers; below, how far the largest eigenvalue stands out."""
+    shown = [entry[variant] for variant in VARIANTS if variant in entry]
+    kappas = " → ".join(kappa(numbers["condition"]) for numbers in shown).replace(">=", "≥")
+    text = f"{entry['label']}:  κ {kappas}"
+    if all(numbers["exact"] for numbers in shown):
+        ratios = " → ".join(f"{numbers['bulk']['ratio']:.3g}" for numbers in shown)
+        text += f"\nlargest λ / median |λ|  {ratios}"
+    return text

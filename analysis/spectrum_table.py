@@ -29,7 +29,8 @@ def print_table(report: Mapping[str, Any]) -> None:
     for entry in report["checkpoints"]:
         for note in entry["notes"]:
             print(f"note: {note}")
-        print(f"{entry['label']}: {entry['parameters']} parameters, loss {_text(entry['loss'])}")
+        how = f", all {entry['parameters']} eigenvalues" if entry["plain"]["exact"] else ""
+        print(f"{entry['label']}: {entry['parameters']} parameters{how}, loss {_text(entry['loss'])}")
         shown = [variant for variant in VARIANTS if variant in entry]
         rows = [COLUMNS, *(_row(variant, entry[variant]) for variant in shown)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
@@ -49,9 +50,17 @@ def _row(variant: str, numbers: Mapping[str, Any]) -> tuple[str, ...]:
         _text(numbers["smallest"]["eigenvalues"][0]),
         _text(numbers["trace"]["estimate"]),
         _text(numbers["trace"]["std_error"], 2),
-        " to ".join(_text(ratio, 2) for ratio in numbers["bulk"]["ratio_of_probes"]),
+        _ratio(numbers),
         str(numbers["num_matvecs"]),
     )
+
+
+def _ratio(numbers: Mapping[str, Any]) -> str:
+    """Return lambda max / median as text; an estimated one by the range over probes, since it is uncertain."""
+    bulk = numbers["bulk"]
+    if numbers["exact"]:
+        return _text(bulk["ratio"])
+    return " to ".join(_text(ratio, 2) for ratio in bulk["ratio_of_probes"])
 
 
 def _eigenvalues(pairs: Mapping[str, Any]) -> str:

@@ -1,19 +1,21 @@
 """A problem file: the digits network's twin with BatchNorm layers before its activations."""
 
-from digits import load_data, loss_fn
+from digits import he_init_, load_data, loss_fn
 from torch import nn
 
 __all__ = ["build_model", "load_data", "loss_fn"]
 
 
-def build_model() -> nn.Module:
-    """64-64-64-10 with batch normalization; its linear layers have the same initialization as the plain network's."""
-    return nn.Sequential(
-        nn.Linear(64, 64),
-        nn.BatchNorm1d(64),
-        nn.ReLU(),
-        nn.Linear(64, 64),
-        nn.BatchNorm1d(64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
+def build_model() -> nn.Sequential:
+    """64-24-24-10 with batch normalization; its linear layers start as the plain network's do."""
+    return he_init_(
+        nn.Sequential(
+            nn.Linear(64, 24),
+            nn.BatchNorm1d(24),
+            nn.ReLU(),
+            nn.Linear(24, 24),
+            nn.BatchNorm1d(24),
+            nn.ReLU(),
+            nn.Linear(24, 10),
+        )
     )

@@ -1,19 +1,27 @@
 """A problem file: a small convolutional network on the digits."""
 
-from digits import load_data, loss_fn
-from torch import nn
+from digits import he_init_, loss_fn, split
+from torch import Tensor, nn
 
 __all__ = ["build_model", "load_data", "loss_fn"]
 
 
-def build_model() -> nn.Module:
-    """Two 3 x 3 convolutions, the second with stride 2, and a linear layer on the 16 x 3 x 3 that remain."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 8, 3),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * 3 * 3, 10),
+def build_model() -> nn.Sequential:
+    """Two 3 x 3 convolutions, the second with stride 2, and a linear layer on the 12 x 3 x 3 that remain."""
+    return he_init_(
+        nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 6, 3),
+            nn.ReLU(),
+            nn.Conv2d(6, 12, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(12 * 3 * 3, 10),
+        )
     )
+
+
+def load_data() -> list[tuple[Tensor, Tensor]]:
+    """The first 400 training images as one batch: second derivatives of convolutions are slow on a CPU."""
+    x, y, _, _ = split()
+    return [(x[:400], y[:400])]

@@ -57,6 +57,9 @@ def folder(tmp_path):
 
 def command(folder: Path, *more: str, checkpoints: tuple[str, ...] = ("step9.pt",)) -> list[str]:
     paths = [str(folder / name) for name in checkpoints]
+    # a few parameters would be measured exactly: these tests are of the estimates unless they say otherwise
+    if not {"--exact-below", "--redraw"} & set(more):
+        more = (*more, "--exact-below", "0")
     return [*paths, "--problem", str(folder / "problem.py"), "--out", str(folder / "out"), *more]
 
 
@@ -116,6 +119,22 @@ def test_numbers_are_those_of_the_dense_matrices(folder, capsys):
     assert f"largest of preconditioned: {first}" in table
 
 
+def test_up_to_so_many_parameters_every_eigenvalue_is_known(folder, capsys):
+    assert main(command(folder, "--preconditioned", "--exact-below", "23")) == 0
+    report, arrays = results(folder)
+    for variant, matrix in zip(("plain", "preconditioned"), dense(folder, "step9.pt"), strict=True):
+        exact = torch.linalg.eigvalsh(matrix).numpy()
+        numbers = report["checkpoints"][0][variant]
+        assert numbers["exact"] and numbers["num_matvecs"] == 23
+        tolerance = 1e-12 * exact[-1]
+        np.testing.assert_allclose(arrays[f"0/{variant}/nodes"], exact, atol=tolerance)
+        np.testing.assert_allclose(arrays[f"0/{variant}/eigenvalues"], [*exact[:5], *exact[-5:]], atol=tolerance)
+        assert numbers["trace"] == {"estimate": pytest.approx(exact.sum()), "std_error": 0, "num_matvecs": 23}
+        kept = np.abs(exact)[np.abs(exact) > numbers["condition"]["noise_floor"]]
+        assert numbers["bulk"]["ratio"] == pytest.approx(exact[-1] / np.sort(kept)[(len(kept) - 1) // 2])
+    assert "all 23 eigenvalues" in capsys.readouterr().out
+
+
 def test_the_picture_is_redrawn_from_the_files_alone(folder, capsys):
     assert main(command(folder)) == 0
     picture = folder / "out" / "spectrum.png"
@@ -139,6 +158,7 @@ def test_the_same_run_gives_the_same_files(folder):
 
 def test_by_subprocess_with_a_progress_bar(folder):
     arguments = ["step9.pt", "--problem", "problem.py", "--out", "out", "--preconditioned", "--top", "2"]
+    arguments += ["--exact-below", "0"]
     done = subprocess.run(
         [sys.executable, "-W", "error", ANALYSIS / "hessian_spectrum.py", *arguments],
         cwd=folder,
@@ -241,6 +261,11 @@ BAD = {
     ),
     "other data": (replace_text("12, 4", "12, 5"), [], ["do not go together", "RuntimeError"]),
     "not finite": (replace_text(" + 1", " / 0"), [], ["finite loss", "batch 0"]),
+    "dropout, all eigenvalues": (
+        lambda folder: None,
+        ["--mode", "train", "--exact-below", "99"],
+        ["dropout is active", "'1'"],
+    ),
     "dropout": (lambda folder: None, ["--mode", "train"], ["dropout is active", "'1'"]),
     "no optimizer": (bare, ["--preconditioned"], ["step9.pt holds none", "leave the option out"]),
     "no gradcond": (forget("gradcond"), ["--preconditioned"], ["step9.pt", "'gradcond'", "wrap"]),

@@ -2,6 +2,7 @@
 
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
+from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
 from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
@@ -14,6 +15,7 @@ __all__ = [
     "ConditionNumber",
     "Eigenpairs",
     "Estimate",
+    "ExactSpectrum",
     "Hessian",
     "Operator",
     "Preconditioned",
@@ -22,6 +24,7 @@ __all__ = [
     "condition_number",
     "diagonal",
     "eigsh",
+    "exact_spectrum",
     "spectral_density",
     "trace",
     "tridiagonalize",

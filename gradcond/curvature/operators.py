@@ -64,14 +64,19 @@ class Operator:
             )
         return v
 
-    def to_dense(self, chunk: int = 64) -> Tensor:
-        """All n columns, ``chunk`` at a time: (n, n), for small n and for tests."""
+    def to_dense(self, chunk: int = 64, progress: Callable[[int], Any] | None = None) -> Tensor:
+        """All n columns, ``chunk`` at a time: (n, n), for small n and for tests.
+
+        ``progress`` is called with the number of products just done.
+        """
         n, dtype = self.shape[0], working_dtype(self.dtype)
         dense = torch.empty(n, n, dtype=dtype, device=self.device)
         for start in range(0, n, chunk):
             columns = torch.zeros(n, min(chunk, n - start), dtype=dtype, device=self.device)
             columns[start : start + chunk].fill_diagonal_(1)
             dense[:, start : start + chunk] = self @ columns
+            if progress is not None:
+                progress(columns.shape[1])
         return dense.to(self.dtype)
 
     def to_scipy(self) -> LinearOperator:

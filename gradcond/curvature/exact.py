@@ -1,0 +1,132 @@
+"""All eigenvalues of an operator small enough to be written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcond.curvature.condition import FLOOR, ConditionNumber
+from gradcond.curvature.operators import Products
+from gradcond.curvature.smoothing import evaluation_grid, smooth
+from gradcond.curvature.spectrum import SpectralDensity
+
+
+@dataclass(frozen=True)
+class ExactSpectrum:
+    """Every eigenvalue, and what the estimators estimate, computed from them. All float64, on the CPU."""
+
+    eigenvalues: Tensor  # (n,) ascending
+    error: float  # bound on the error of each: rounding, and the asymmetry of the products
+    trace: float
+    density: SpectralDensity  # its nodes are the eigenvalues, each of weight 1/n; no sampling error
+    condition: ConditionNumber
+    num_matvecs: int
+
+
+def exact_spectrum(
+    A: Any,
+    *,
+    tol: float = 1e-2,
+    grid: str | Tensor = "linear",
+    chunk: int = 64,
+    progress: Callable[[int], Any] | None = None,
+) -> ExactSpectrum:
+    """The whole spectrum of A from its n columns, by a dense decomposition in float64.
+
+    It takes n products, n^2 numbers of memory and O(n^3) time, and leaves nothing to estimate: below a few
+    thousand parameters it costs less than the estimates do, and it resolves what they cannot, the bulk next to
+    zero.
+
+    Args:
+        A: any symmetric (n, n) thing with ``shape`` and ``@``.
+        tol: error of lambda_min_nonzero allowed, relative to itself, as in `condition_number`.
+        grid: of the density, as in `spectral_density`.
+        chunk: columns of one product.
+        progress: called with the number of products just done.
+
+    Returns:
+        The eigenvalues, their error, trace, density and condition number.
+
+    Raises:
+        ValueError: A is not square or not symmetric, or its products are not repeatable.
+
+    Example:
+        >>> spectrum = exact_spectrum(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
+        >>> spectrum.eigenvalues, round(spectrum.condition.kappa, 4)
+        (tensor([1., 3.], dtype=torch.float64), 3.0)
+    """
+    products = Products(A, progress)
+    dense = products.A if isinstance(products.A, Tensor) else _columns(products, chunk)
+    dense = dense.to("cpu", torch.float64)
+    scale = dense.norm() / products.n**0.5
+    asymmetry = (dense - dense.mT).norm() / (2 * products.n) ** 0.5
+    products.check_symmetry(float(asymmetry), float(scale) or 1.0)
+    values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
+    # a random symmetric matrix of Frobenius norm f has the spectral norm 2 f / sqrt(n)
+    error = max(products.eps * float(values.abs().max()), 2 * float(asymmetry))
+    return ExactSpectrum(
+        eigenvalues=values,
+        error=error,
+        trace=float(values.sum()),
+        density=_density(values, grid, products),
+        condition=_condition(values, error, tol, products.count),
+        num_matvecs=products.count,
+    )
+
+
+def _columns(products: Products, chunk: int) -> Tensor:
+    n = products.n
+    dense = torch.empty(n, n, dtype=products.work_dtype, device=products.device)
+    for start in range(0, n, chunk):
+        columns = torch.zeros(n, min(chunk, n - start), dtype=dense.dtype, device=dense.device)
+        columns[start : start + chunk].fill_diagonal_(1)
+        dense[:, start : start + chunk] = products(columns)
+    return dense
+
+
+def _density(values: Tensor, grid: str | Tensor, products: Products) -> SpectralDensity:
+    points = evaluation_grid(grid, values, products.eps)
+    weights, none = torch.full_like(values, 1 / len(values)), torch.zeros_like(values)
+    density = smooth(points, values, weights, none)
+    steps = points.diff() * (density[1:] + density[:-1]) / 2
+    return SpectralDensity(
+        nodes=values,
+        weights=weights,
+        probes=none.long(),
+        grid=points,
+        density=density,
+        cdf=torch.cat([steps.new_zeros(1), steps.cumsum(0)]),
+        std_error=torch.zeros_like(density),
+        first_moments=values.mean().reshape(1),
+        lambda_max=float(values[-1]),
+        lambda_min=float(values[0]),
+        num_matvecs=products.count,
+    )
+
+
+def _condition(values: Tensor, error: float, tol: float, count: int) -> ConditionNumber:
+    sizes = values.abs()
+    top, floor = float(sizes.max()), FLOOR * error
+    above = sizes[sizes > floor]
+    settled = above[error <= tol * above]
+    smallest = float(settled.min()) if len(settled) else math.nan
+    bound = max(1.0, (top - error) / (float(above.min()) + error)) if len(above) else 1.0
+    if bound * smallest > (1 + 2 * tol) * top:  # something smaller is there, not known to tol
+        smallest = math.nan
+    return ConditionNumber(
+        kappa=top / smallest,
+        lambda_max=float(values[-1]),
+        lambda_min=float(values[0]),
+        lambda_min_nonzero=smallest,
+        noise_floor=floor,
+        resolved=not math.isnan(smallest),
+        converged=len(settled) == len(above),
+        kappa_lower_bound=bound,
+        lower_bounds=torch.tensor([bound], dtype=torch.float64),
+        num_matvecs=count,
+    )
