@@ -67,7 +67,7 @@ METHODS = {
     "WS": Method(digits, 2.0**-11, lambda: [WeightStandardization()]),
     "BNP+GC": Method(digits, 2.0**2, lambda: [BNP(), GradientCentralization()]),
     "conv-SGD": Method(digits_conv, 2.0**-5),
-    "conv-BNP+MSR": Method(digits_conv, 2.0**1, lambda: [BNP(), MeanShiftRejection()]),
+    "conv-BNP+MSR": Method(digits_conv, 2.0**0, lambda: [BNP(), MeanShiftRejection()]),
 }
 
 

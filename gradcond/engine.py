@@ -174,9 +174,9 @@ class Engine:
         ]
 
     def _own(self, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """A copy of a layer's state, its tensors on the layer's device."""
+        """A layer's state with its tensors on the layer's device."""
         device = self.layers[name].module.weight.device
-        return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in saved.items()}
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()}
 
     def _is_fresh(self, assignment: Assignment) -> bool:
         """Is there a gradient that has not been conditioned yet?"""

@@ -245,6 +245,18 @@ def test_the_variance_survives_a_large_mean_in_float32():
     assert variance.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_statistics_of_short_floats_are_float32(dtype):
+    model = nn.Linear(2, 1).to(dtype)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    x = torch.stack([torch.ones(70000), torch.full((70000,), 3.0)], 1).to(dtype)  # a sum past either range
+    model(x).mean().backward()
+    optimizer.step()
+    state = optimizer._engine.states[0][""]
+    assert state["mean"].dtype == state["variance"].dtype == torch.float32
+    assert_close(state["mean"], torch.tensor([1.0, 3.0], dtype=torch.float32), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("start", ["debias", "first_batch", "paper"])
 def test_the_averages_follow_their_start(start):
     model, decay = nn.Linear(2, 1), 0.8

@@ -135,7 +135,8 @@ def test_passes_in_eval_mode_or_without_grad_leave_the_state_as_it_is(chain):
                 with torch.inference_mode():
                     module(x - 100)
                 module.eval()
-                module(x * 100).sum()
+                module(x * 100).sum().backward()  # in eval mode
+                module.zero_grad()
                 module.train()
                 module(x * 1000).sum()  # never backpropagated
             (module(x + step) ** 3).mean().backward()

@@ -98,6 +98,31 @@ def test_lbfgs_sees_one_metric_within_a_step():
     assert metrics[1][0]["0"]["steps"] == metrics[2][0]["0"]["steps"] == 1
 
 
+def test_rows_that_are_backpropagated_twice_count_once():
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    loss = (model(x) ** 3).mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    assert optimizer._engine.states[0]["0"]["rows"] == 6
+
+
+def test_a_closure_is_evaluated_with_grad_by_optimizers_that_forget_to():
+    class Careless(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure):
+            loss = closure()
+            for p in self.param_groups[0]["params"]:
+                p -= self.param_groups[0]["lr"] * p.grad
+            return loss
+
+    model, twin = network(), network()
+    careless = wrap(Careless(model.parameters(), lr=0.1), model, [BNP()])
+    careful = wrap(torch.optim.SGD(twin.parameters(), lr=0.1), twin, [BNP()])
+    assert_close(train(model, careless, 2, closure=True), train(twin, careful, 2, closure=True))
+
+
 def test_a_gradient_is_conditioned_once():
     model, x = build("linear", True)
     optimizer = wrapped(model, [BNP()], lr=0.0)
@@ -233,6 +258,7 @@ def test_hooks_go_with_the_wrapper():
 def test_step_hooks_run_once_and_in_torch_s_order():
     model = network()
     optimizer = wrapped(model, [BNP()])
+    optimizer._patch_step_function()  # what torch does to every optimizer that it builds
     calls = []
     handles = [
         register_optimizer_step_pre_hook(lambda *_: calls.append(0)),
@@ -425,6 +451,15 @@ def test_the_report_is_a_table():
     assert "MeanShiftRejection" not in text.splitlines()[3]
     assert "1.weight    BatchNorm2d has no adapter" in text
     assert "at the first step" in text
+
+
+def test_groups_that_are_replaced_are_replaced_in_the_inner_optimizer():
+    model = network()
+    optimizer = wrapped(model, [BNP()], lr=0.1)
+    optimizer.param_groups = [{**optimizer.param_groups[0], "lr": 0.0}]
+    assert optimizer.optimizer.param_groups is optimizer.param_groups
+    before = flat([p.detach() for p in model.parameters()]).clone()
+    assert torch.equal(train(model, optimizer, 1), before)
 
 
 def test_unknown_attributes_are_the_inner_optimizers():
