@@ -1,8 +1,8 @@
 """Forward hooks that take the moments of the inputs behind each gradient.
 
-Rows count once the gradient of the call's output is computed: passes that are never backpropagated, passes
-without grad or in eval mode, and the second forward of activation checkpointing leave nothing behind. No
-activation is kept, only its moments.
+Rows count once the gradient that they made is accumulated: passes that are never backpropagated, passes without
+grad or in eval mode, and the second forward of activation checkpointing leave nothing behind. No activation is
+kept, only its moments.
 """
 
 from __future__ import annotations
@@ -39,19 +39,27 @@ class _Hook:
 
 
 class InputCapture(_Hook):
-    """Collects the input moments of one layer's calls between two steps."""
+    """Collects the input moments of one layer's calls between two steps.
+
+    A call is reached when the gradient of its output is computed, and counts when the weight's gradient is
+    accumulated after that: derivatives that leave no gradient in the weight (of the inputs, or a Hessian
+    product) count nothing.
+    """
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.collected: Moments | None = None
+        self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
         self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
+        self.watched: tuple[Callable[[], Tensor | None], RemovableHandle | None] = (lambda: None, None)
         _drop_inert(layer.module)
         self.handle = layer.module.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Takes the moments of this call's input; they count when the output's gradient arrives."""
-        if not (module.training and torch.is_grad_enabled() and self.layer.module.weight.requires_grad):
+        """Takes the moments of this call's input."""
+        weight = self.layer.module.weight
+        if not (module.training and torch.is_grad_enabled() and weight.requires_grad):
             return
         moments = input_moments(self.layer, args[0] if args else kwargs["input"], output)
         if moments is None:
@@ -59,8 +67,30 @@ class InputCapture(_Hook):
         if torch.compiler.is_compiling():  # hooks on tensors would break the graph
             self._collect(moments)
             return
+        if self.watched[0]() is not weight:  # the first call, or the parameter has been replaced
+            self._watch(weight)
+        self.reached.clear()  # what was reached and never counted was no training
         self.last_output = weakref.ref(output), output._version
-        output.register_hook(_Once(self._collect, moments))
+        output.register_hook(_Call(self.reached, moments))
+
+    def _watch(self, weight: nn.Parameter) -> None:
+        if self.watched[1] is not None:
+            self.watched[1].remove()
+        self.watched = weakref.ref(weight), weight.register_post_accumulate_grad_hook(_Count(self))
+
+    def remove(self) -> None:
+        """Takes the hooks off the module and its weight."""
+        self.handle.remove()
+        if self.watched[1] is not None:
+            self.watched[1].remove()
+
+    def count(self) -> None:
+        """The calls that were reached have made a gradient: their rows count, each once."""
+        for call in self.reached.values():
+            if not call.counted:
+                self._collect(call.moments)
+            call.counted = True
+        self.reached.clear()
 
     def _collect(self, moments: Moments) -> None:
         self.collected = moments if self.collected is None else self.collected.merge(moments)
@@ -71,18 +101,29 @@ class InputCapture(_Hook):
         return collected
 
 
-class _Once:
-    """A tensor hook that hands over its moments at the first of several backward passes."""
+class _Call:
+    """A tensor hook on one call's output: says when a backward pass reaches it."""
 
-    def __init__(self, collect: Callable[[Moments], None], moments: Moments) -> None:
-        self.collect, self.moments = collect, moments
-        self.done = False
+    def __init__(self, reached: dict[int, _Call], moments: Moments) -> None:
+        self.reached, self.moments = reached, moments
+        self.counted = False
 
     def __call__(self, grad: Tensor) -> None:
-        """Counts the rows of this call."""
-        if not self.done:
-            self.collect(self.moments)
-        self.done = True
+        """Notes the call."""
+        self.reached[id(self)] = self
+
+
+class _Count:
+    """A hook on a parameter whose gradient has been accumulated."""
+
+    def __init__(self, capture: InputCapture) -> None:
+        self.capture = weakref.ref(capture)
+
+    def __call__(self, parameter: Tensor) -> None:
+        """Counts the calls that were reached."""
+        capture = self.capture()
+        if capture is not None:
+            capture.count()
 
 
 class BatchNormProbe(_Hook):

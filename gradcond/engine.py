@@ -68,8 +68,7 @@ class Engine:
         }
         self.probe = BatchNormProbe(self.captures.values(), self.model)
         self.conditioned: dict[str, tuple[weakref.ref[Tensor], int]] = {}
-        handles = [capture.handle for capture in self.captures.values()] + self.probe.handles
-        self.detach = weakref.finalize(self, _remove, handles)
+        self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
 
     def _ask_refusals(self) -> None:
         self.refusals = {name: [c.refusal(layer) for c in self.chain] for name, layer in self.layers.items()}
@@ -249,6 +248,6 @@ def _apply_(row_map: RowMap, assignment: Assignment) -> None:
         rows.bias.copy_(mapped.bias)
 
 
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
+def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:
+    for hook in hooks:
+        hook.remove()

@@ -248,9 +248,11 @@ def test_hooks_go_with_the_wrapper():
     backward(model, torch.randn(4, 2, 5, 5))
     optimizer.step()
     assert [len(m._forward_hooks) for m in model] == [1, 0]  # batch norm has been found
+    assert len(model[0].weight._post_accumulate_grad_hooks) == 1
     del optimizer
     gc.collect()
     assert [len(m._forward_hooks) for m in model] == [0, 0]
+    assert not model[0].weight._post_accumulate_grad_hooks
     wrapped(model, [GradientCentralization()])
     assert [len(m._forward_hooks) for m in model] == [0, 0]
 
@@ -386,6 +388,32 @@ def test_a_shared_module_sees_all_its_calls():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("what", ["gradient of the input", "Hessian", "gradient returned"])
+def test_derivatives_that_leave_no_gradient_do_not_count(what):
+    from gradcond.curvature import Hessian
+
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+
+    def elsewhere():
+        y = (100 * x).requires_grad_()
+        if what == "gradient of the input":
+            torch.autograd.grad((model(y) ** 3).mean(), y)
+        elif what == "gradient returned":
+            torch.autograd.grad((model(y) ** 3).mean(), list(model.parameters()))
+        else:
+            H = Hessian(model, nn.MSELoss(), [(y.detach(), torch.zeros(6, 4))])
+            H @ torch.ones(H.shape[0])
+
+    elsewhere()
+    backward(model, x)
+    elsewhere()
+    optimizer.step()
+    state = optimizer._engine.states[0]["0"]
+    assert state["rows"] == 6
+    assert_close(state["mean"], x.mean(0))
+
+
 def test_activation_checkpointing_counts_rows_once(reentrant):
     from torch.utils.checkpoint import checkpoint
 
