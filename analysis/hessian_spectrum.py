@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--num-probes", type=_positive, default=5, metavar="K", help="random probes of the density")
     add("--kappa-matvecs", type=_positive, default=200, metavar="M", help="most products for kappa")
     add("--top", type=_positive, default=5, metavar="K", help="eigenvalues at each end")
-    add("--exact-below", type=int, default=3000, metavar="N", help="no estimates up to N parameters")
+    add("--exact-below", type=int, default=4000, metavar="N", help="no estimates up to N parameters")
     add("--seed", type=int, default=0, help="of probes, start vectors and shuffled data")
     args = parser.parse_args(argv)
     if args.redraw == bool(args.checkpoints or args.problem):

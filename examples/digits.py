@@ -12,14 +12,14 @@ loss_fn = nn.CrossEntropyLoss()
 
 
 def build_model() -> nn.Sequential:
-    """The network, 64-24-24-10, in He initialization."""
+    """The network, 64-32-32-10, in He initialization."""
     return he_init_(
         nn.Sequential(
-            nn.Linear(64, 24),
+            nn.Linear(64, 32),
             nn.ReLU(),
-            nn.Linear(24, 24),
+            nn.Linear(32, 32),
             nn.ReLU(),
-            nn.Linear(24, 10),
+            nn.Linear(32, 10),
         )
     )
 

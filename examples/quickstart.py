@@ -3,10 +3,10 @@
     python examples/quickstart.py              # train, measure spectra, draw curves, print a table
     python examples/quickstart.py --tune       # first search the learning rates again, one grid for all methods
 
-Every method trains on mini-batches of 8 for three epochs, with two seeds and without momentum: the same network
-from the same start, its twin with BatchNorm layers, or a convolutional one. Its rate is the one of the grid whose
-training loss, averaged over the run and the seeds, is lowest. Then the analysis commands read what training left
-behind, runs/quickstart/METHOD/metrics.csv and *.pt.
+Every method trains on mini-batches of 8 for three epochs, with two seeds, without momentum and at a rate that falls
+linearly to zero: the same network from the same start, its twin with BatchNorm layers, or a convolutional one. The
+first rate is the one of the grid whose training loss, averaged over the run and the seeds, is lowest. Then the
+analysis commands read what training left behind, runs/quickstart/METHOD/metrics.csv and *.pt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,13 @@ class Method:
 # rates: python examples/quickstart.py --tune
 METHODS = {
     "SGD": Method(digits, 2.0**-6),
-    "BatchNorm": Method(digits_batchnorm, 2.0**-2),
+    "BatchNorm": Method(digits_batchnorm, 2.0**-1),
     "BNP": Method(digits, 2.0**2, lambda: [BNP()]),
-    "GC": Method(digits, 2.0**-6, lambda: [GradientCentralization()]),
-    "WS": Method(digits, 2.0**-11, lambda: [WeightStandardization()]),
+    "GC": Method(digits, 2.0**-5, lambda: [GradientCentralization()]),
+    "WS": Method(digits, 2.0**-10, lambda: [WeightStandardization()]),
     "BNP+GC": Method(digits, 2.0**2, lambda: [BNP(), GradientCentralization()]),
     "conv-SGD": Method(digits_conv, 2.0**-5),
-    "conv-BNP+MSR": Method(digits_conv, 2.0**0, lambda: [BNP(), MeanShiftRejection()]),
+    "conv-BNP+MSR": Method(digits_conv, 2.0**1, lambda: [BNP(), MeanShiftRejection()]),
 }
 
 
@@ -110,6 +110,7 @@ def train(method: Method, lr: float, seed: int, steps: int, folder: Path | None 
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     if chain := method.chain():
         optimizer = gradcond.wrap(optimizer, model, chain)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for step, (inputs, targets) in enumerate(batches(x, y, seed, steps), start=1):
         optimizer.zero_grad()
         loss = digits.loss_fn(model(inputs), targets)
@@ -119,6 +120,7 @@ def train(method: Method, lr: float, seed: int, steps: int, folder: Path | None 
             )
         loss.backward()
         optimizer.step()
+        schedule.step()
         if step % EVALUATE_EVERY == 0 or step == steps:
             yield Row(seed, step, *evaluate(model, x, y), evaluate(model, x_test, y_test)[1])
         if folder and step in (steps // 2, steps):
@@ -128,25 +130,19 @@ def train(method: Method, lr: float, seed: int, steps: int, folder: Path | None 
             os.replace(file.with_suffix(".tmp"), file)
 
 
-def train_all(methods: dict[str, Method], out: Path, steps: int) -> dict[str, list[Row]]:
-    """Trains every method with every seed; writes metrics.csv as training goes."""
-    rows: dict[str, list[Row]] = {name: [] for name in methods}
-    with tqdm(total=len(methods) * len(SEEDS) * steps, unit="step", desc="training") as bar:
-        for name, method in methods.items():
-            bar.set_postfix_str(name)
-            folder = out / name
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "metrics.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, Row.__dataclass_fields__, lineterminator="\n")
-                writer.writeheader()
-                for seed in SEEDS:
-                    last = 0
-                    for row in train(method, method.lr, seed, steps, folder):
-                        rows[name].append(row)
-                        writer.writerow(vars(row))
-                        file.flush()
-                        bar.update(row.step - last)
-                        last = row.step
+def train_one(name: str, lr: float, out: Path, steps: int) -> list[Row]:
+    """Trains a method with every seed and returns its evaluations; writes metrics.csv as training goes."""
+    torch.set_num_threads(1)
+    folder, rows = out / name, []
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, Row.__dataclass_fields__, lineterminator="\n")
+        writer.writeheader()
+        for seed in SEEDS:
+            for row in train(METHODS[name], lr, seed, steps, folder):
+                rows.append(row)
+                writer.writerow(vars(row))
+                file.flush()
     return rows
 
 
@@ -168,16 +164,15 @@ def tune(methods: dict[str, Method], steps: int) -> dict[str, Method]:
     return best
 
 
-def measure(methods: dict[str, Method], out: Path, steps: int) -> dict[str, dict[str, Any]]:
-    """Measures the spectra of all methods, two at a time; returns the numbers of their spectrum.json."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=2, mp_context=spawn) as pool:
-        done = pool.map(measure_one, methods, [out] * len(methods), [steps] * len(methods))
-        return dict(tqdm(zip(methods, done, strict=True), total=len(methods), desc="spectra", unit="method"))
+def for_each(pool: Executor, work: Callable[..., Any], names: Sequence[str], *arguments: Any) -> dict[str, Any]:
+    """What work(name, *arguments) returns for each name, by the processes of a pool, with a progress bar."""
+    done = pool.map(work, names, *arguments)
+    label = work.__name__.removesuffix("_one")
+    return dict(tqdm(zip(names, done, strict=True), total=len(names), desc=label, unit="method"))
 
 
 def measure_one(name: str, out: Path, steps: int) -> dict[str, Any]:
-    """Runs analysis/hessian_spectrum.py on the last checkpoint of a method's first seed."""
+    """Measures the Hessian by analysis/hessian_spectrum.py on the last checkpoint of a method's first seed."""
     import hessian_spectrum
 
     torch.set_num_threads(1)
@@ -249,8 +244,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = {name: METHODS[name] for name in args.methods}
     if args.tune:
         methods = tune(methods, args.steps)
-    rows = train_all(methods, args.out, args.steps)
-    spectra = measure(methods, args.out, args.steps)
+    names, rates = list(methods), [method.lr for method in methods.values()]
+    same = [args.out] * len(names), [args.steps] * len(names)
+    with ProcessPoolExecutor(max_workers=2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = for_each(pool, train_one, names, rates, *same)
+        spectra = for_each(pool, measure_one, names, *same)
 
     import convergence
 
