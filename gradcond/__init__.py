@@ -4,6 +4,7 @@ The analysis side is `gradcond.curvature`, imported on its own.
 """
 
 from gradcond._version import __version__
+from gradcond.attach import Attachment, attach
 from gradcond.bnp import BNP
 from gradcond.centralization import GradientCentralization, WeightCentralization
 from gradcond.conditioner import Conditioner
@@ -15,6 +16,7 @@ from gradcond.standardization import WeightStandardization
 
 __all__ = [
     "BNP",
+    "Attachment",
     "ConditionedOptimizer",
     "Conditioner",
     "GradientCentralization",
@@ -24,6 +26,7 @@ __all__ = [
     "WeightCentralization",
     "WeightStandardization",
     "__version__",
+    "attach",
     "load_preconditioner",
     "wrap",
     "zero_mean_init_",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,10 +48,14 @@ class Engine:
     Args:
         model: whose layers are conditioned.
         chain: conditioners, outermost first.
+        only: takes a layer's name and says whether it is conditioned.
     """
 
-    def __init__(self, model: nn.Module, chain: Sequence[Conditioner]) -> None:
+    def __init__(
+        self, model: nn.Module, chain: Sequence[Conditioner], *, only: Callable[[str], bool] | None = None
+    ) -> None:
         self.model = model
+        self.only = only
         self.chain = list(chain)
         self.states: list[State] = [{} for _ in chain]
         self.warned: set[str] = set()
@@ -71,10 +75,18 @@ class Engine:
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
 
     def _ask_refusals(self) -> None:
-        self.refusals = {name: [c.refusal(layer) for c in self.chain] for name, layer in self.layers.items()}
+        self.refusals = {
+            name: [self._refusal(conditioner, name, layer) for conditioner in self.chain]
+            for name, layer in self.layers.items()
+        }
+
+    def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
+        if self.only is not None and not self.only(name):
+            return "left out by only="
+        return conditioner.refusal(layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("model", "chain", "states", "warned")}
+        return {key: getattr(self, key) for key in ("model", "chain", "only", "states", "warned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -117,6 +129,22 @@ class Engine:
                 _apply_(row_map, assignment)
             grad: Tensor = assignment.layer.module.weight.grad
             self.conditioned[name] = weakref.ref(grad), grad._version
+
+    def conditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure whose gradients are conditioned after each evaluation."""
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            if self.chain and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+                raise ValueError(
+                    f"expected a finite loss from the closure, got {loss}; parameters and statistics are as "
+                    "before this evaluation. Lower the learning rate, or look at the data"
+                )
+            self.condition_()
+            return loss
+
+        return evaluate
 
     def finish_(self) -> None:
         """After the optimizer's step: weights go back to where their conditioners keep them."""

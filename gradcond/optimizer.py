@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from gradcond.build import build_engine
 from gradcond.conditioner import Conditioner
 from gradcond.engine import Engine
 from gradcond.preconditioner import Preconditioner
@@ -80,25 +80,11 @@ class ConditionedOptimizer(Optimizer):
             engine.condition_()
             loss = self.optimizer.step()
         else:
-            loss = self.optimizer.step(self._conditioned(closure))
+            loss = self.optimizer.step(engine.conditioning(closure))
         engine.finish_()
         return loss
 
     step.hooked = True  # type: ignore[attr-defined]  # the inner step runs the hooks: once
-
-    def _conditioned(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def conditioned() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            if self.conditioners and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
-                raise ValueError(
-                    f"expected a finite loss from the closure, got {loss}; parameters and statistics are as "
-                    "before this evaluation. Lower the learning rate, or look at the data"
-                )
-            self._engine.condition_()
-            return loss
-
-        return conditioned
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets the gradients of all parameters."""
@@ -151,7 +137,13 @@ class ConditionedOptimizer(Optimizer):
         self.__dict__.update(state)
 
 
-def wrap(optimizer: Optimizer, model: nn.Module, conditioners: Sequence[Conditioner]) -> ConditionedOptimizer:
+def wrap(
+    optimizer: Optimizer,
+    model: nn.Module,
+    conditioners: Sequence[Conditioner],
+    *,
+    only: Callable[[str], bool] | None = None,
+) -> ConditionedOptimizer:
     """Returns the optimizer with the gradients of the model's layers conditioned before each step.
 
     Several conditioners are nested changes of variables, outermost first: [A, B] means P = P_A P_B and
@@ -162,6 +154,8 @@ def wrap(optimizer: Optimizer, model: nn.Module, conditioners: Sequence[Conditio
         optimizer: any torch optimizer over parameters of the model; use the returned one in its place.
         model: the module that holds the layers.
         conditioners: e.g. [BNP()]; may be empty.
+        only: takes a module's qualified name and says whether it is conditioned; all are by default. A
+            parameter group with `gradcond=False` is left alone, too.
 
     Raises:
         TypeError: for something that is not an optimizer, a module or a list of conditioners.
@@ -182,49 +176,4 @@ def wrap(optimizer: Optimizer, model: nn.Module, conditioners: Sequence[Conditio
     """
     if isinstance(optimizer, ConditionedOptimizer):
         raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"expected a torch.optim.Optimizer, got {_kind(optimizer)}; build the optimizer first")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module as model, got {_kind(model)}")
-    chain = _checked_chain(conditioners)
-    _check_parameters(optimizer, model)
-    if chain and optimizer.defaults.get("differentiable"):
-        raise ValueError(
-            "expected an optimizer with differentiable=False: gradients are conditioned in place, which a "
-            "differentiable step cannot see"
-        )
-    return ConditionedOptimizer(optimizer, Engine(model, chain))
-
-
-def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:
-    if isinstance(conditioners, (str, Conditioner)) or not isinstance(conditioners, Iterable):
-        raise TypeError(f"expected a list of conditioners, such as [BNP()], got {_kind(conditioners)}")
-    for conditioner in (chain := list(conditioners)):
-        if not isinstance(conditioner, Conditioner):
-            raise TypeError(
-                f"unknown conditioner: expected instances of {sorted(Conditioner.registry)}, such as BNP(), "
-                f"got {_kind(conditioner)}"
-            )
-    return chain
-
-
-def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {id(p): name for name, p in model.named_parameters()}
-    seen: set[int] = set()
-    for p in held:
-        if id(p) in seen:
-            raise ValueError(
-                f"expected every parameter once, but the optimizer holds {names.get(id(p), 'a parameter')!r} "
-                "twice, and would step it twice; remove it from one of its groups"
-            )
-        seen.add(id(p))
-    if not seen & names.keys():
-        raise ValueError(
-            f"expected an optimizer over parameters of this model, got one whose {len(held)} parameters are "
-            f"none of the model's {len(names)}; build it from model.parameters()"
-        )
-
-
-def _kind(thing: Any) -> str:
-    return f"the class {thing.__name__}" if isinstance(thing, type) else f"{type(thing).__name__} {thing!r:.40}"
+    return ConditionedOptimizer(optimizer, build_engine(optimizer, model, conditioners, only=only))

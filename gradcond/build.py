@@ -1,0 +1,70 @@
+"""From an optimizer, a model and a list of conditioners to an engine, with every check of the three."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gradcond.conditioner import Conditioner
+from gradcond.engine import Engine
+
+__all__ = ["build_engine"]
+
+
+def build_engine(
+    optimizer: Optimizer,
+    model: nn.Module,
+    conditioners: Sequence[Conditioner],
+    *,
+    only: Callable[[str], bool] | None = None,
+) -> Engine:
+    """The engine behind `wrap` and `attach`; raises what they document."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"expected a torch.optim.Optimizer, got {_kind(optimizer)}; build the optimizer first")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module as model, got {_kind(model)}")
+    chain = _checked_chain(conditioners)
+    _check_parameters(optimizer, model)
+    if chain and optimizer.defaults.get("differentiable"):
+        raise ValueError(
+            "expected an optimizer with differentiable=False: gradients are conditioned in place, which a "
+            "differentiable step cannot see"
+        )
+    return Engine(model, chain, only=only)
+
+
+def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:
+    if isinstance(conditioners, (str, Conditioner)) or not isinstance(conditioners, Iterable):
+        raise TypeError(f"expected a list of conditioners, such as [BNP()], got {_kind(conditioners)}")
+    for conditioner in (chain := list(conditioners)):
+        if not isinstance(conditioner, Conditioner):
+            raise TypeError(
+                f"unknown conditioner: expected instances of {sorted(Conditioner.registry)}, such as BNP(), "
+                f"got {_kind(conditioner)}"
+            )
+    return chain
+
+
+def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen: set[int] = set()
+    for p in held:
+        if id(p) in seen:
+            raise ValueError(
+                f"expected every parameter once, but the optimizer holds {names.get(id(p), 'a parameter')!r} "
+                "twice, and would step it twice; remove it from one of its groups"
+            )
+        seen.add(id(p))
+    if not seen & names.keys():
+        raise ValueError(
+            f"expected an optimizer over parameters of this model, got one whose {len(held)} parameters are "
+            f"none of the model's {len(names)}; build it from model.parameters()"
+        )
+
+
+def _kind(thing: Any) -> str:
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"{type(thing).__name__} {thing!r:.40}"
