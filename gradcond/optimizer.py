@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradcond.build import build_engine
 from gradcond.conditioner import Conditioner
+from gradcond.distributed import Conditioning
 from gradcond.engine import Engine
 from gradcond.preconditioner import Preconditioner
 from gradcond.report import Report, make_report
@@ -110,8 +111,14 @@ class ConditionedOptimizer(Optimizer):
         self.optimizer.load_state_dict(inner)
         if _KEY in state_dict:
             self._engine.load_state_dict(state_dict[_KEY])
-        elif self.conditioners:
+        elif self.conditioners and not self._engine.loaded:  # `conditioning` may have been loaded by itself
+            self._engine.forget()
             warnings.warn("the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=2)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The entry "gradcond" of the state by itself, to save and load with torch.distributed.checkpoint."""
+        return Conditioning(self._engine, self.param_groups)
 
     def preconditioner(self) -> Preconditioner:
         """A snapshot of the last step's M = P P^T over the model's trainable parameters."""
@@ -143,6 +150,7 @@ def wrap(
     conditioners: Sequence[Conditioner],
     *,
     only: Callable[[str], bool] | None = None,
+    process_group: Any = None,
 ) -> ConditionedOptimizer:
     """Returns the optimizer with the gradients of the model's layers conditioned before each step.
 
@@ -156,13 +164,16 @@ def wrap(
         conditioners: e.g. [BNP()]; may be empty.
         only: takes a module's qualified name and says whether it is conditioned; all are by default. A
             parameter group with `gradcond=False` is left alone, too.
+        process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
+            initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
 
     Raises:
         TypeError: for something that is not an optimizer, a module or a list of conditioners.
         ValueError: when the optimizer holds none of the model's parameters, or one twice.
 
     Example:
-        >>> import gradcond
+        >>> import torch, gradcond
+        >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> optimizer = gradcond.wrap(optimizer, model, [gradcond.BNP()])
@@ -176,4 +187,4 @@ def wrap(
     """
     if isinstance(optimizer, ConditionedOptimizer):
         raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
-    return ConditionedOptimizer(optimizer, build_engine(optimizer, model, conditioners, only=only))
+    return ConditionedOptimizer(optimizer, build_engine(optimizer, model, conditioners, only=only, process_group=process_group))

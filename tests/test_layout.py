@@ -52,7 +52,7 @@ def test_every_export_is_documented_with_an_example(package):
         if name.startswith("__"):
             continue
         assert inspect.getdoc(thing), f"{name} has no docstring"
-        if name in ("ConditionedOptimizer", "Preconditioner") or is_result(thing):
+        if name in ("Attachment", "ConditionedOptimizer", "Preconditioner") or is_result(thing):
             continue  # made by functions, which have the example
         assert any(test.examples for test in finder.find(thing, name)), f"{name} has no doctest"
 
