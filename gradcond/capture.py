@@ -43,18 +43,22 @@ class InputCapture(_Hook):
 
     A call is reached when the gradient of its output is computed, and counts when the weight's gradient is
     accumulated after that: derivatives that leave no gradient in the weight (of the inputs, or a Hessian
-    product) count nothing.
+    product) count nothing. Rows of a gradient that was thrown away, as a gradient scaler does with one that
+    overflowed, do not count either; when the step's gradient was put together from several ones, all rows do.
     """
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.collected: Moments | None = None
+        self.collected: Moments | None = None  # rows of the gradient that is being accumulated
+        self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
+        self.accumulated: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
         self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.watched: tuple[Callable[[], Tensor | None], RemovableHandle | None] = (lambda: None, None)
         _drop_inert(layer.module)
-        self.handle = layer.module.register_forward_hook(self, with_kwargs=True)
+        # first of all hooks: FSDP2's puts the weight's shard back
+        self.handle = layer.module.register_forward_hook(self, with_kwargs=True, prepend=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Takes the moments of this call's input."""
@@ -71,7 +75,7 @@ class InputCapture(_Hook):
             self._watch(weight)
         self.reached.clear()  # what was reached and never counted was no training
         self.last_output = weakref.ref(output), output._version
-        output.register_hook(_Call(self.reached, moments))
+        output.register_hook(_Call(self, moments))
 
     def _watch(self, weight: nn.Parameter) -> None:
         if self.watched[1] is not None:
@@ -84,33 +88,50 @@ class InputCapture(_Hook):
         if self.watched[1] is not None:
             self.watched[1].remove()
 
-    def count(self) -> None:
+    def begin(self) -> None:
+        """A backward pass comes: is the gradient that was being accumulated gone?"""
+        last, version = self.accumulated
+        grad: Tensor | None = self.layer.module.weight.grad
+        if self.collected is None or (grad is not None and grad is last() and grad._version == version):
+            return
+        if grad is None or not bool(grad.any()):
+            self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
+
+    def count(self, grad: Tensor | None) -> None:
         """The calls that were reached have made a gradient: their rows count, each once."""
         for call in self.reached.values():
             if not call.counted:
                 self._collect(call.moments)
             call.counted = True
         self.reached.clear()
+        if grad is not None:
+            self.accumulated = weakref.ref(grad), grad._version
 
     def _collect(self, moments: Moments) -> None:
-        self.collected = moments if self.collected is None else self.collected.merge(moments)
+        self.collected = _merge(self.collected, moments)
 
     def take(self) -> Moments | None:
-        """The moments since the last take, and a fresh start."""
-        collected, self.collected = self.collected, None
-        return collected
+        """The moments of the rows that made the gradient, and a fresh start."""
+        moments = self.collected
+        if self.accumulated[0]() is not self.layer.module.weight.grad:  # it was put together by the caller
+            moments = _merge(self.set_aside, moments)
+        self.collected = self.set_aside = None
+        return moments
 
 
 class _Call:
     """A tensor hook on one call's output: says when a backward pass reaches it."""
 
-    def __init__(self, reached: dict[int, _Call], moments: Moments) -> None:
-        self.reached, self.moments = reached, moments
+    def __init__(self, capture: InputCapture, moments: Moments) -> None:
+        self.capture, self.moments = weakref.ref(capture), moments
         self.counted = False
 
     def __call__(self, grad: Tensor) -> None:
         """Notes the call."""
-        self.reached[id(self)] = self
+        capture = self.capture()
+        if capture is not None:
+            capture.begin()
+            capture.reached[id(self)] = self
 
 
 class _Count:
@@ -123,7 +144,7 @@ class _Count:
         """Counts the calls that were reached."""
         capture = self.capture()
         if capture is not None:
-            capture.count()
+            capture.count(parameter.grad)
 
 
 class BatchNormProbe(_Hook):
@@ -154,6 +175,10 @@ class BatchNormProbe(_Hook):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+
+def _merge(a: Moments | None, b: Moments | None) -> Moments | None:
+    return a.merge(b) if a is not None and b is not None else a or b
 
 
 def _drop_inert(module: nn.Module) -> None:

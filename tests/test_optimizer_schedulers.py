@@ -31,10 +31,8 @@ def chained(optimizer):
 
 
 def sequential(optimizer):
-    warm_up, decay = (
-        lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3),
-        lr_scheduler.ExponentialLR(optimizer, 0.8),
-    )
+    warm_up = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3)
+    decay = lr_scheduler.ExponentialLR(optimizer, 0.8)
     return lr_scheduler.SequentialLR(optimizer, [warm_up, decay], milestones=[3])
 
 
