@@ -206,8 +206,10 @@ class Engine:
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()}
 
     def _is_fresh(self, assignment: Assignment) -> bool:
-        """Is there a gradient that has not been conditioned yet?"""
+        """Is there a gradient that has not been conditioned yet? Sparse ones have no rows of a layer."""
         grad: Tensor | None = assignment.layer.module.weight.grad
+        if grad is not None and grad.is_sparse:
+            return False
         last, version = self.conditioned.get(assignment.layer.name, (lambda: None, 0))
         return grad is not None and (last() is not grad or grad._version != version)
 

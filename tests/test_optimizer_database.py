@@ -280,6 +280,20 @@ def test_sparse_gradients_pass_through_and_are_reported(info):
     assert torch.equal(model[1].weight.grad, dense) == (held is not model)
 
 
+def test_a_sparse_gradient_of_a_dense_layer_passes_through():
+    model = nn.Sequential(nn.Linear(4, 7), nn.Linear(4, 7))
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [BNP()])
+    x = F.embedding(torch.tensor([1, 2, 2]), model[0].weight, sparse=True)
+    model[1](x).square().sum().backward()
+    sparse, dense = model[0].weight.grad, model[1].weight.grad.clone()
+    values = sparse.coalesce().values().clone()
+    optimizer.step()
+    assert model[0].weight.grad is sparse
+    assert torch.equal(sparse.coalesce().values(), values)
+    assert "no statistics yet" in str(optimizer.report().conditioned["0"])
+    assert not torch.equal(model[1].weight.grad, dense)
+
+
 def test_complex_layers_pass_through_and_are_reported():
     model = nn.Sequential(nn.Linear(3, 2, dtype=torch.complex128))
     optimizer = wrap(torch.optim.Adam(model.parameters()), model, [BNP()])

@@ -63,8 +63,8 @@ def scaled_run(base, chain, scale, clip, overflows=(), zeroed=lambda optimizer: 
             zeroed(optimizer)
             loss = scaler.scale(F.cross_entropy(model(x), y))
             (loss * float("inf") if broken else loss).backward()
-            scaler.unscale_(optimizer)
             if clip:
+                scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             scaler.step(optimizer)
             scaler.update()
