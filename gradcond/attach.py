@@ -121,6 +121,7 @@ def attach(
     conditioners: Sequence[Conditioner],
     *,
     only: Callable[[str], bool] | None = None,
+    process_group: Any = None,
 ) -> Attachment:
     """Conditions the gradients of an optimizer that somebody else owns, by its step hooks.
 
@@ -133,6 +134,8 @@ def attach(
         model: the module that holds the layers.
         conditioners: e.g. [BNP()], outermost first.
         only: takes a module's qualified name and says whether it is conditioned; all are by default.
+        process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
+            initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
 
     Returns:
         A handle with remove(), check(), report() and preconditioner().
@@ -155,4 +158,5 @@ def attach(
     """
     if isinstance(optimizer, ConditionedOptimizer):
         raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
-    return Attachment(optimizer, build_engine(optimizer, model, conditioners, only=only))
+    engine = build_engine(optimizer, model, conditioners, only=only, process_group=process_group)
+    return Attachment(optimizer, engine)

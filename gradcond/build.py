@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradcond.conditioner import Conditioner
+from gradcond.distributed import Ranks, reshard, unwrapped
 from gradcond.engine import Engine
 
 __all__ = ["build_engine"]
@@ -20,20 +21,22 @@ def build_engine(
     conditioners: Sequence[Conditioner],
     *,
     only: Callable[[str], bool] | None = None,
+    process_group: Any = None,
 ) -> Engine:
     """The engine behind `wrap` and `attach`; raises what they document."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {_kind(optimizer)}; build the optimizer first")
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as model, got {_kind(model)}")
-    chain = _checked_chain(conditioners)
+    chain, model = _checked_chain(conditioners), unwrapped(model)
+    reshard(model)
     _check_parameters(optimizer, model)
     if chain and optimizer.defaults.get("differentiable"):
         raise ValueError(
             "expected an optimizer with differentiable=False: gradients are conditioned in place, which a "
             "differentiable step cannot see"
         )
-    return Engine(model, chain, only=only)
+    return Engine(model, chain, only=only, ranks=Ranks(process_group))
 
 
 def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:

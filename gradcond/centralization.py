@@ -51,6 +51,11 @@ class GradientCentralization(Conditioner):
         if self.side not in ("input", "output", "both"):
             raise ValueError(f'GradientCentralization: side must be "input", "output" or "both", got {self.side!r}')
 
+    @property
+    def row_wise(self) -> bool:  # type: ignore[override]
+        """Centering over the output units looks across rows."""
+        return self.side == "input"
+
     def refusal(self, layer: Layer) -> str | None:
         """Linear layers under conv_only, and layers where centering would leave nothing."""
         if self.conv_only and not layer.convolution:

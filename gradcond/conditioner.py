@@ -95,6 +95,7 @@ class Conditioner(ABC):
     uses_inputs: ClassVar[bool] = False  # does it need the moments of the layers' inputs?
     is_projection: ClassVar[bool] = False  # M M = M
     acts_on_bias: ClassVar[bool] = False
+    row_wise = True  # does M act on each row by itself? Then ranks that hold whole rows need not meet
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,7 +128,10 @@ class Conditioner(ABC):
         """Puts a layer's weights back there, after every step."""
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors in a layer's state, by which a saved state is checked."""
+        """The shapes of the tensors in a layer's state, by which a saved state is checked.
+
+        What there is per input has one axis, (inputs,); what there is per row, more: (groups, units, ...).
+        """
         return {}
 
     def describe(self, layer: Layer, state: dict[str, Any]) -> str:

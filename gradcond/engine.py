@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.conditioner import Conditioner, RowMap, compose
+from gradcond.distributed import Ranks, reshard
 from gradcond.layers import Layer, Rows, find_layers
 from gradcond.preconditioner import Preconditioner, check_states
+from gradcond.shards import local, local_state, moving, opened, rows_are_local, shown
 from gradcond.statistics import Moments
 
 __all__ = ["Assignment", "Engine"]
@@ -49,12 +51,19 @@ class Engine:
         model: whose layers are conditioned.
         chain: conditioners, outermost first.
         only: takes a layer's name and says whether it is conditioned.
+        ranks: the processes whose rows make the gradient; by default all.
     """
 
     def __init__(
-        self, model: nn.Module, chain: Sequence[Conditioner], *, only: Callable[[str], bool] | None = None
+        self,
+        model: nn.Module,
+        chain: Sequence[Conditioner],
+        *,
+        only: Callable[[str], bool] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
+        self.ranks = Ranks() if ranks is None else ranks
         self.only = only
         self.chain = list(chain)
         self.states: list[State] = [{} for _ in chain]
@@ -71,7 +80,8 @@ class Engine:
             if any(c.uses_inputs for c in self.chain)
         }
         self.probe = BatchNormProbe(self.captures.values(), self.model)
-        self.conditioned: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self.conditioned: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
+        self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
 
     def _ask_refusals(self) -> None:
@@ -83,10 +93,10 @@ class Engine:
     def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
         if self.only is not None and not self.only(name):
             return "left out by only="
-        return conditioner.refusal(layer)
+        return conditioner.refusal(shown(layer))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("model", "chain", "only", "states", "warned")}
+        return {key: getattr(self, key) for key in ("model", "ranks", "chain", "only", "states", "warned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -94,6 +104,7 @@ class Engine:
 
     def assignments(self, groups: Iterable[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these parameter groups train and at least one conditioner takes."""
+        reshard(self.model)
         held = held_parameters(groups)
         found = []
         for name, layer in self.layers.items():
@@ -108,6 +119,7 @@ class Engine:
             self._ask_refusals()
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
+        self.idle = True
 
     def condition_(self) -> None:
         """Replaces each layer's gradient g by M g, in place, once per gradient.
@@ -115,20 +127,21 @@ class Engine:
         Raises:
             ValueError: for a gradient or an input that is not finite; nothing has been changed then.
         """
-        ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
-        moments = {name: capture.take() for name, capture in self.captures.items()}
-        if not ready:
+        if not self.chain:
             return
-        self._require_finite(ready, moments)
+        ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
+        moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
+        if self.idle or not ready:
+            return
         for assignment in ready:
             name = assignment.layer.name
             if name not in self.frozen:  # a closure's later evaluations keep the step's P
                 self.frozen[name] = self._next_map(assignment, moments.get(name))
             row_map = self.frozen[name]
             if row_map is not None:
-                _apply_(row_map, assignment)
+                _apply_(row_map, assignment, whole=self._whole(assignment))
             grad: Tensor = assignment.layer.module.weight.grad
-            self.conditioned[name] = weakref.ref(grad), grad._version
+            self.conditioned[name] = weakref.ref(grad), grad._version, local(grad)._version
 
     def conditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure whose gradients are conditioned after each evaluation."""
@@ -136,7 +149,8 @@ class Engine:
         def evaluate() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            if self.chain and isinstance(loss, Tensor) and not bool(loss.isfinite().all()):
+            bad = bool(self.chain) and isinstance(loss, Tensor) and not bool(loss.isfinite().all())
+            if self.ranks.any(bad, device=self._device)[0]:
                 raise ValueError(
                     f"expected a finite loss from the closure, got {loss}; parameters and statistics are as "
                     "before this evaluation. Lower the learning rate, or look at the data"
@@ -148,10 +162,13 @@ class Engine:
 
     def finish_(self) -> None:
         """After the optimizer's step: weights go back to where their conditioners keep them."""
+        if self.idle:
+            return
         for assignment in self.assigned:
             for i in assignment.members:
                 if assignment.layer.name in self.states[i]:
-                    self.chain[i].retract_(assignment.layer, self.states[i][assignment.layer.name])
+                    self._retract_(assignment, i)
+        self.loaded = False
         if self.frozen:
             self.probe.remove()
 
@@ -160,7 +177,7 @@ class Engine:
         blocks = []
         for a in self.assignments(groups):
             states = {i: self.states[i].get(a.layer.name, {}) for i in a.members}
-            row_map = compose([self.chain[i].row_map(a.layer, state) for i, state in states.items()])
+            row_map = compose([self.chain[i].row_map(shown(a.layer), state) for i, state in states.items()])
             if row_map is not None:
                 blocks.append((a.layer, row_map, a.has_bias))
         return Preconditioner(self.model, blocks)
@@ -199,6 +216,11 @@ class Engine:
             {name: self._own(name, saved) for name, saved in entry["layers"].items() if saved}
             for entry in state["chain"]
         ]
+        self.loaded = True
+
+    def forget(self) -> None:
+        """Starts all statistics anew."""
+        self.states = [{} for _ in self.chain]
 
     def _own(self, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
         """A layer's state with its tensors on the layer's device."""
@@ -210,27 +232,51 @@ class Engine:
         grad: Tensor | None = assignment.layer.module.weight.grad
         if grad is not None and grad.is_sparse:
             return False
-        last, version = self.conditioned.get(assignment.layer.name, (lambda: None, 0))
-        return grad is not None and (last() is not grad or grad._version != version)
+        last, *versions = self.conditioned.get(assignment.layer.name, (lambda: None, 0, 0))
+        return grad is not None and (last() is not grad or versions != [grad._version, local(grad)._version])
 
-    def _require_finite(self, ready: list[Assignment], moments: Mapping[str, Moments | None]) -> None:
-        grads = [p.grad for a in ready for p in a.parameters if p.grad is not None]
+    def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
+        """The moments of all ranks; they raise together, and together notice that nothing happened."""
+        grads = [p.grad for a in self.assigned for p in a.parameters if p.grad is not None]
+        grads = [local(grad) for grad in grads if not grad.is_sparse]
         variances = [m.variance for m in moments.values() if m is not None]
-        if math.isfinite(torch.nn.utils.get_total_norm(grads + variances, norm_type=math.inf)):
-            return
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        where = [names[id(p)] for a in ready for p in a.parameters if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]
-        where = [f"the gradient of {name}" for name in where] + [
-            f"the input of {name}" for name, m in moments.items() if m and not bool(m.variance.isfinite().all())
-        ]
-        raise ValueError(
-            f"expected finite gradients, got nan or inf in {', '.join(where[:5])}; parameters and statistics "
-            "are as before this step. Lower the learning rate, look at the loss and the data, or skip the step"
-        )
+        tensors = [t for t in grads + variances if t.numel() > 0]
+        norm = float(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf))
+        bad, busy = not math.isfinite(norm), norm != 0 or bool(variances)
+        merged, (bad, busy) = self.ranks.merge(self.captures, moments, bad, busy, device=self._device)
+        if bad:
+            raise ValueError(
+                f"expected finite gradients, got nan or inf in {self._not_finite(moments)}; parameters and "
+                "statistics are as before this step. Lower the learning rate, look at the loss and the data, or "
+                "skip the step"
+            )
+        self.idle = self.idle and not busy
+        return merged
+
+    def _not_finite(self, moments: Mapping[str, Moments | None]) -> str:
+        held = {id(p) for a in self.assigned for p in a.parameters if p.grad is not None}
+        tensors = {f"the gradient of {n}": local(p.grad) for n, p in self.model.named_parameters() if id(p) in held}
+        tensors |= {f"the input of {name}": m.variance for name, m in moments.items() if m is not None}
+        where = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+        return ", ".join(where[:5]) or "those of another rank"
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _whole(self, assignment: Assignment) -> bool:
+        """Must a layer be gathered, because its rows are spread over ranks or a conditioner sees across them?"""
+        return not (rows_are_local(assignment.layer) and all(self.chain[i].row_wise for i in assignment.members))
+
+    def _retract_(self, assignment: Assignment, i: int) -> None:
+        layer, state, whole = assignment.layer, self.states[i][assignment.layer.name], self._whole(assignment)
+        with moving(layer, whole=whole) as view:
+            if view.units > 0:  # this rank may hold no row
+                self.chain[i].retract_(view, state if whole else local_state(layer, state))
 
     def _next_map(self, assignment: Assignment, moments: Moments | None) -> RowMap | None:
         """Folds one step's moments into the states of a layer and returns the step's P."""
-        layer, maps = assignment.layer, []
+        layer, maps, whole = assignment.layer, [], self._whole(assignment)
         for i in assignment.members:
             conditioner, states = self.chain[i], self.states[i]
             if conditioner.uses_inputs and moments is None:
@@ -238,18 +284,21 @@ class Engine:
                 continue
             if layer.name not in states:
                 states[layer.name] = {}
-                conditioner.enter_(layer, states[layer.name])
+                with moving(layer, whole=True) as view:
+                    conditioner.enter_(view, states[layer.name])
             state = states[layer.name]
             if conditioner.uses_inputs and moments is not None:
                 capture = self.captures[layer.name]
                 state["has_bias"] = assignment.has_bias
                 state["feeds_batch_norm"] = capture.feeds_batch_norm or state.get("feeds_batch_norm", False)
                 conditioner.update(state, moments)
-            maps.append(conditioner.row_map(layer, state))
+            view = shown(layer, whole=whole)
+            if view.units > 0:
+                maps.append(conditioner.row_map(view, state if whole else local_state(layer, state)))
         return compose(maps)
 
     def _warn_missing(self, layer: Layer) -> None:
-        if layer.name not in self.warned and bool(layer.module.weight.grad.any()):
+        if layer.name not in self.warned and bool(local(layer.module.weight.grad).any()):
             self.warned.add(layer.name)
             warnings.warn(
                 f"layer {layer.name!r} has a gradient, but none of its inputs were seen: expected its forward "
@@ -269,13 +318,14 @@ def trained(parameter: nn.Parameter | None, held: set[int]) -> bool:
 
 
 @torch.no_grad()
-def _apply_(row_map: RowMap, assignment: Assignment) -> None:
-    weight, *bias = [p.grad for p in assignment.parameters]
-    rows = assignment.layer.rows(weight, bias[0] if bias else None)  # type: ignore[arg-type]
-    mapped: Rows = row_map.apply(rows)
-    rows.weight.copy_(mapped.weight)
-    if rows.bias is not None and mapped.bias is not None:
-        rows.bias.copy_(mapped.bias)
+def _apply_(row_map: RowMap, assignment: Assignment, *, whole: bool) -> None:
+    grads = [p.grad for p in assignment.parameters if p.grad is not None]
+    with opened(grads, whole=whole) as (weight, *bias):
+        rows = assignment.layer.rows(weight, bias[0] if bias else None)
+        mapped: Rows = row_map.apply(rows)
+        rows.weight.copy_(mapped.weight)
+        if rows.bias is not None and mapped.bias is not None:
+            rows.bias.copy_(mapped.bias)
 
 
 def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:

@@ -187,4 +187,5 @@ def wrap(
     """
     if isinstance(optimizer, ConditionedOptimizer):
         raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
-    return ConditionedOptimizer(optimizer, build_engine(optimizer, model, conditioners, only=only, process_group=process_group))
+    engine = build_engine(optimizer, model, conditioners, only=only, process_group=process_group)
+    return ConditionedOptimizer(optimizer, engine)

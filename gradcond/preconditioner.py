@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradcond.conditioner import Conditioner, RowMap, compose
 from gradcond.layers import Layer, find_layers
+from gradcond.shards import shown
 
 __all__ = ["Preconditioner", "load_preconditioner"]
 
@@ -126,7 +127,8 @@ def load_preconditioner(model: nn.Module, state: Mapping[str, Any]) -> Precondit
     blocks = []
     for name, has_bias in state["layers"].items():
         states = [entry["layers"].get(name) for entry in state["chain"]]
-        maps = [None if s is None else c.row_map(layers[name], s) for c, s in zip(chain, states, strict=True)]
+        layer = shown(layers[name])
+        maps = [None if s is None else c.row_map(layer, s) for c, s in zip(chain, states, strict=True)]
         row_map = compose(maps)
         if row_map is not None:
             blocks.append((layers[name], row_map, has_bias))

@@ -1,0 +1,135 @@
+"""Layers whose parameters are DTensors, as FSDP2 keeps them: shown as plain tensors, local rows or all of them.
+
+A row of a gradient is an output unit, and every method here acts on rows. Sharded by FSDP2, Linear and Conv keep
+whole rows on each rank, so each conditions its own without a word to the others. Where rows are not local
+(transposed and grouped convolutions, other placements, methods that look across output units) tensors are
+gathered, changed and cut up again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcond.layers import Layer
+
+__all__ = ["local", "local_state", "moving", "opened", "rows_are_local", "shown"]
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Is it a DTensor? Asked by its attribute: importing DTensor takes half a second."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Any) -> Any:
+    """This rank's part of a tensor, of which it is a view; a plain tensor, or None, is its own part."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def rows_are_local(layer: Layer) -> bool:
+    """Does each rank hold whole rows, of the weight and of the bias alike?
+
+    Example:
+        >>> rows_are_local(Layer("fc", torch.nn.Linear(3, 2)))
+        True
+    """
+    weight, bias = layer.module.weight, layer.module.bias
+    if not is_sharded(weight):
+        return not is_sharded(bias)
+    if layer.transposed or layer.groups > 1:
+        return False
+    whole_rows = all(p.is_replicate() or p.is_shard(0) for p in weight.placements)
+    return whole_rows and (bias is None or (is_sharded(bias) and bias.placements == weight.placements))
+
+
+class _Plain:
+    """Stands in for a module: its weight and bias as plain tensors, gathered when somebody looks at them."""
+
+    def __init__(self, module: Any, whole: bool) -> None:
+        self.module, self.whole = module, whole
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return _gathered(self.module.weight) if self.whole else local(self.module.weight)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        return _gathered(self.module.bias) if self.whole else local(self.module.bias)
+
+
+def shown(layer: Layer, *, whole: bool = True) -> Layer:
+    """The layer with plain parameters: all of its rows, for which ranks meet, or this rank's own, to be changed.
+
+    Example:
+        >>> layer = Layer("fc", torch.nn.Linear(3, 2))
+        >>> shown(layer) is layer  # nothing to do on one process
+        True
+    """
+    if not (is_sharded(layer.module.weight) or is_sharded(layer.module.bias)):
+        return layer
+    other = copy.copy(layer)
+    other.module = _Plain(layer.module, whole)
+    if not whole:
+        other.units = other.module.weight.shape[0]
+    return other
+
+
+@contextmanager
+def moving(layer: Layer, *, whole: bool) -> Iterator[Layer]:
+    """The layer as `shown`, whose parameters are to be changed in place: all of them are put back afterwards."""
+    view = shown(layer, whole=whole)
+    yield view
+    if view is not layer and whole:
+        for key in view.module.__dict__.keys() & {"weight", "bias"}:  # those that have been looked at
+            _put(getattr(view.module, key), getattr(layer.module, key))
+
+
+@contextmanager
+def opened(tensors: Sequence[Tensor], *, whole: bool) -> Iterator[list[Tensor]]:
+    """Plain tensors to be changed in place: this rank's parts, or all of them, put back afterwards."""
+    if not whole:
+        yield [local(t) for t in tensors]
+        return
+    gathered = [_gathered(t) for t in tensors]
+    yield gathered
+    for tensor, changed in zip(tensors, gathered, strict=True):
+        _put(changed, tensor)
+
+
+def local_state(layer: Layer, state: dict[str, Any]) -> dict[str, Any]:
+    """A layer's state as this rank's rows see it.
+
+    Statistics of the inputs, (inputs,), are the same on all ranks; what has more axes is per row, (1, units, ...).
+    """
+    weight = layer.module.weight
+    if not is_sharded(weight):
+        return state
+    per_row = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() > 1}
+    return {**state, **{k: _cut(v[0], weight)[None] for k, v in per_row.items()}}
+
+
+@torch.no_grad()
+def _gathered(tensor: Any) -> Any:
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def _put(whole: Tensor, tensor: Any) -> None:
+    if is_sharded(tensor):
+        local(tensor).copy_(_cut(whole, tensor))
+
+
+@torch.no_grad()
+def _cut(whole: Tensor, like: Any) -> Tensor:
+    """This rank's part of a tensor that all ranks hold, placed as another one is; without communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return local(everywhere.redistribute(mesh, like.placements))

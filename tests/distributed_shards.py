@@ -1,0 +1,102 @@
+"""Shards: FSDP2, whose parameters and gradients are DTensors, uneven ones and empty ones among them."""
+
+import copy
+
+import torch
+from distributed_helpers import (
+    CHAINS,
+    STEPS,
+    WORLD,
+    alone,
+    assert_same,
+    backward,
+    build,
+    data,
+    local_parameters,
+    scenario,
+    sgd,
+    shard,
+    train,
+)
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.testing import assert_close
+
+from gradcond import wrap
+
+
+def sharded(make=build, each_layer=False, **options):
+    model = make()
+    if each_layer:
+        for module in model:
+            if list(module.parameters()):
+                fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def linear():
+    torch.manual_seed(3)
+    return nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, 4, bias=False), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 1)
+
+
+@scenario
+def fsdp2_equals_one_process():
+    for chain in CHAINS:
+        for each_layer in (False, True):
+            model, reference = sharded(each_layer=each_layer), alone(chain)
+            optimizer = wrap(sgd(model.parameters()), model, CHAINS[chain]())
+            train(model, optimizer)
+            assert_same(f"FSDP2 {chain}", model, optimizer, reference)
+            with torch.no_grad():
+                model(data(0)[0])  # leaves the root's parameters gathered
+            assert optimizer.state_dict()["gradcond"]["layers"] == reference[1].state_dict()["gradcond"]["layers"]
+            assert optimizer.report().conditioned == reference[1].report().conditioned
+
+
+@scenario
+def fsdp2_accumulates_and_shards_other_axes():
+    for options in ({}, {"shard_placement_fn": lambda p: Shard(p.dim() - 1)}):
+        for chain in ("bnp", "ws"):
+            reference = alone(chain, make=lambda: nn.Sequential(nn.Flatten(), *linear()))
+            model = sharded(lambda: nn.Sequential(nn.Flatten(), *linear()), **options)
+            optimizer = wrap(sgd(model.parameters()), model, CHAINS[chain]())
+            for step in range(STEPS):
+                x, y = shard(step)
+                backward(model, x[:2], y[:2], WORLD)
+                backward(model, x[2:], y[2:], WORLD)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert_same("FSDP2 accumulation", model, optimizer, reference)
+
+
+@scenario
+def fsdp2_keeps_statistics_in_float32_under_mixed_precision():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(lambda: nn.Sequential(nn.Flatten(), *linear()).float(), mp_policy=policy)
+    optimizer = wrap(sgd(model.parameters()), model, CHAINS["bnp"]())
+    x, y = (t.float() for t in shard(0))
+    backward(model, x, y, WORLD)
+    optimizer.step()
+    state = optimizer._engine.states[0]["1"]
+    rows = data(0)[0].float().bfloat16().flatten(1).double()
+    assert state["mean"].dtype == state["variance"].dtype == torch.float32
+    assert_close(state["mean"].double(), rows.mean(0), rtol=1e-6, atol=1e-6)
+    assert_close(state["variance"].double(), rows.var(0, correction=0), rtol=1e-5, atol=1e-6)
+
+
+@scenario
+def a_step_of_zero_gradients_changes_nothing():
+    torch.manual_seed(1)
+    for chain in CHAINS:
+        model = sharded()
+        optimizer = wrap(sgd(model.parameters()), model, CHAINS[chain]())
+        before = copy.deepcopy(local_parameters(model))
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(before, local_parameters(model), strict=True)), chain
+        assert not any(optimizer._engine.states)
+        train(model, optimizer)
+        assert_same("zero gradients", model, optimizer, alone(chain))
