@@ -105,6 +105,8 @@ class ConditionedOptimizer(Optimizer):
         Raises:
             ValueError: for a state of another chain, model or parameter groups; nothing has been changed then.
         """
+        if isinstance(self.optimizer, ConditionedOptimizer):  # run by a proxy of ours, such as Lightning's
+            return self.optimizer.load_state_dict(state_dict)
         inner = {key: value for key, value in state_dict.items() if key != _KEY}
         if _KEY in state_dict:
             self._engine.check_state_dict(state_dict[_KEY])

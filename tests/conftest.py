@@ -4,6 +4,11 @@ import pytest
 import torch
 
 
+def pytest_report_header(config):
+    named = any("trainers" in argument for argument in config.args)
+    return None if named else "not collected here: tests/trainers, which needs the extra of that name"
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
