@@ -29,7 +29,7 @@ def plain(parameters):
     return torch.optim.SGD(parameters, lr=1e-3)
 
 
-KINDS = [("bnp", sgd), ("bnp", adam), ("bnp", plain), ("ws", adam), ("ws", plain)]
+KINDS = [("bnp", sgd), ("bnp", adam), ("ws", plain)]
 START = {2: 0, 4: 2, 1: 4}[WORLD]  # saved by 2 processes at step 2, by 4 at step 4, read by one
 
 

@@ -42,16 +42,15 @@ def linear():
 
 @scenario
 def fsdp2_equals_one_process():
-    for chain in CHAINS:
-        for each_layer in (False, True):
-            model, reference = sharded(each_layer=each_layer), alone(chain)
-            optimizer = wrap(sgd(model.parameters()), model, CHAINS[chain]())
-            train(model, optimizer)
-            assert_same(f"FSDP2 {chain}", model, optimizer, reference)
-            with torch.no_grad():
-                model(data(0)[0])  # leaves the root's parameters gathered
-            assert optimizer.state_dict()["gradcond"]["layers"] == reference[1].state_dict()["gradcond"]["layers"]
-            assert optimizer.report().conditioned == reference[1].report().conditioned
+    for chain, each_layer in [*((chain, False) for chain in CHAINS), ("bnp", True), ("ws", True)]:
+        model, reference = sharded(each_layer=each_layer), alone(chain)
+        optimizer = wrap(sgd(model.parameters()), model, CHAINS[chain]())
+        train(model, optimizer)
+        assert_same(f"FSDP2 {chain}", model, optimizer, reference)
+        with torch.no_grad():
+            model(data(0)[0])  # leaves the root's parameters gathered
+        assert optimizer.state_dict()["gradcond"]["layers"] == reference[1].state_dict()["gradcond"]["layers"]
+        assert optimizer.report().conditioned == reference[1].report().conditioned
 
 
 @scenario

@@ -51,3 +51,8 @@ def test_many_processes_equal_one(processes, folder):
 def test_a_failure_shows_the_rank_s_traceback(folder):
     with pytest.raises(AssertionError, match=r"FAIL fails on rank 1\s+Traceback[\s\S]*ZeroDivisionError"):
         launch(2, HERE / "distributed_run.py", folder, "fails")
+
+
+def test_the_example_equals_one_process():
+    output = launch(2, HERE.parent / "examples" / "distributed.py", "--steps", 20)
+    assert float(output.split("largest difference of a parameter, any process:")[1]) < 1e-12
