@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.conditioner import Conditioner, RowMap, compose
 from gradcond.distributed import Ranks, reshard
-from gradcond.layers import Layer, Rows, find_layers
+from gradcond.layers import Layer, Rows, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner, check_states
 from gradcond.shards import local, local_state, moving, opened, rows_are_local, shown
 from gradcond.statistics import Moments
@@ -73,6 +73,7 @@ class Engine:
     def _attach(self) -> None:
         """Finds the layers and hooks those whose inputs are needed."""
         self.layers = find_layers(self.model)
+        self.lazy = has_lazy(self.model)
         self._ask_refusals()
         self.captures = {
             name: InputCapture(layer)
@@ -93,6 +94,8 @@ class Engine:
     def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
         if self.only is not None and not self.only(name):
             return "left out by only="
+        if conditioner.uses_inputs and not layer.is_called:
+            return "the module around it does not call it, so its inputs are not seen"
         return conditioner.refusal(shown(layer))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,6 +118,9 @@ class Engine:
 
     def begin(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """A new step, over these parameter groups: its first gradients decide its P."""
+        if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
+            self.detach()
+            self._attach()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self._ask_refusals()
         self.assigned = self.assignments(groups)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -44,6 +45,7 @@ class Layer:
         taps: number of spatial axes of the kernel, 0 for Linear.
         kernel_size: number of taps of one (output, input) kernel, 1 for Linear.
         fan_in: length of a row: inputs of the unit's group times kernel_size.
+        is_called: do forward hooks see its inputs? nn.MultiheadAttention uses its output projection's weight only.
 
     Example:
         >>> layer = Layer("up", nn.ConvTranspose1d(6, 4, 3, groups=2))
@@ -65,6 +67,7 @@ class Layer:
         self.taps = len(kernel)
         self.kernel_size = math.prod(kernel)
         self.fan_in = self.inputs // self.groups * self.kernel_size
+        self.is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
         """Views of a weight- and a bias-shaped tensor as rows; leading batch axes are kept.
@@ -110,6 +113,11 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 yield name, module, key, parameter
+
+
+def has_lazy(model: nn.Module) -> bool:
+    """Does a module still wait for its first input to have its shape?"""
+    return any(isinstance(p, UninitializedParameter) for p in model.parameters())
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:

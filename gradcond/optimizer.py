@@ -65,12 +65,14 @@ class ConditionedOptimizer(Optimizer):
         """The chain, outermost first."""
         return self._engine.chain
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Conditions the gradients, then lets the inner optimizer step.
 
         Args:
             closure: reevaluates the model and returns the loss; the gradients of each evaluation are
                 conditioned, with the first evaluation's P.
+            *args: what else the inner optimizer's step takes.
+            **kwargs: likewise.
 
         Raises:
             ValueError: for gradients or inputs that are not finite; parameters and statistics stay.
@@ -79,9 +81,10 @@ class ConditionedOptimizer(Optimizer):
         engine.begin(self.param_groups)
         if closure is None:
             engine.condition_()
-            loss = self.optimizer.step()
+            args = (None, *args) if args else ()
         else:
-            loss = self.optimizer.step(engine.conditioning(closure))
+            args = (engine.conditioning(closure), *args)
+        loss = self.optimizer.step(*args, **kwargs)
         engine.finish_()
         return loss
 
@@ -137,6 +140,12 @@ class ConditionedOptimizer(Optimizer):
         if name.startswith("__") or name in ("optimizer", "_engine"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what the inner optimizer has of its own there, where it is read."""
+        inner = self.__dict__.get("optimizer")
+        own = name in ("optimizer", "_engine") or hasattr(type(self), name) or name in self.__dict__
+        object.__setattr__(self if own or not hasattr(inner, name) else inner, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         # schedulers put a patched `step` on the instance, which must not outlive it

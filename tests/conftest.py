@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+collect_ignore_glob = ["distributed_*.py"]  # run under torchrun, by test_distributed.py
+
 
 def pytest_report_header(config):
     named = any("trainers" in argument for argument in config.args)

@@ -128,7 +128,9 @@ def test_a_state_of_another_chain_is_refused():
     state = optimizer.state_dict()
     other = torch.optim.SGD(model.parameters(), lr=0.5)
     attach(other, model, [GradientCentralization()])
-    with pytest.raises(ValueError, match=r"of the chain \['BNP'\], this optimizer has \['GradientCentralization'\]"):
+    with pytest.raises(
+        ValueError, match=r"of the chain \['BNP'\], this optimizer has \['GradientCentralization'\]"
+    ):
         other.load_state_dict(state)
     assert other.param_groups[0]["lr"] == 0.5
 

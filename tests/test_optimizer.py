@@ -123,6 +123,20 @@ def test_a_closure_is_evaluated_with_grad_by_optimizers_that_forget_to():
     assert_close(train(model, careless, 2, closure=True), train(twin, careful, 2, closure=True))
 
 
+def test_further_arguments_of_a_step_reach_the_inner_optimizer():
+    class Curved(torch.optim.SGD):
+        def step(self, closure=None, curvature=1.0, *, sign=1.0):
+            self.seen = curvature, sign
+            return super().step(closure)
+
+    model = network()
+    optimizer = wrap(Curved(model.parameters(), lr=0.1), model, [BNP()])
+    optimizer.step(None, 2.0, sign=-1.0)
+    assert optimizer.seen == (2.0, -1.0)
+    optimizer.step(curvature=3.0)
+    assert optimizer.seen == (3.0, 1.0)
+
+
 def test_a_gradient_is_conditioned_once():
     model, x = build("linear", True)
     optimizer = wrapped(model, [BNP()], lr=0.0)
@@ -495,6 +509,10 @@ def test_unknown_attributes_are_the_inner_optimizers():
     optimizer = wrapped(model, [])
     optimizer.optimizer.custom = 5
     assert optimizer.custom == 5
+    optimizer.custom = 6  # lands where the inner optimizer reads it
+    assert optimizer.optimizer.custom == 6
+    optimizer.label = "mine"
+    assert not hasattr(optimizer.optimizer, "label")
     with pytest.raises(AttributeError):
         optimizer.missing  # noqa: B018
     assert "SGD" in repr(optimizer)
