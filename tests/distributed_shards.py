@@ -53,20 +53,30 @@ def fsdp2_equals_one_process():
         assert optimizer.report().conditioned == reference[1].report().conditioned
 
 
+def accumulate(model, optimizer, alone=False):
+    """Two backward passes per step, onto the conditioned gradients of the steps before."""
+    for step in range(STEPS):
+        x, y = data(step) if alone else shard(step)
+        for part, last in ((slice(2), False), (slice(2, None), True)):
+            if not alone:
+                model.set_requires_gradient_sync(last)
+            backward(model, x[part], y[part], 1 if alone else WORLD)
+        optimizer.step()
+
+
 @scenario
 def fsdp2_accumulates_and_shards_other_axes():
-    for options in ({}, {"shard_placement_fn": lambda p: Shard(p.dim() - 1)}):
+    def make():
+        return nn.Sequential(nn.Flatten(), *linear())
+
+    for options in ({}, {"each_layer": True}, {"shard_placement_fn": lambda p: Shard(p.dim() - 1)}):
         for chain in ("bnp", "ws"):
-            reference = alone(chain, make=lambda: nn.Sequential(nn.Flatten(), *linear()))
-            model = sharded(lambda: nn.Sequential(nn.Flatten(), *linear()), **options)
+            model, single = sharded(make, **options), make()
             optimizer = wrap(sgd(model.parameters()), model, CHAINS[chain]())
-            for step in range(STEPS):
-                x, y = shard(step)
-                backward(model, x[:2], y[:2], WORLD)
-                backward(model, x[2:], y[2:], WORLD)
-                optimizer.step()
-                optimizer.zero_grad()
-            assert_same("FSDP2 accumulation", model, optimizer, reference)
+            reference = wrap(sgd(single.parameters()), single, CHAINS[chain](), process_group=False)
+            accumulate(model, optimizer)
+            accumulate(single, reference, alone=True)
+            assert_same("FSDP2 accumulation", model, optimizer, (single, reference))
 
 
 @scenario
