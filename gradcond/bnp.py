@@ -123,7 +123,8 @@ class BNP(Conditioner):
             form = "bias-free, " + ("batch norm follows" if state.get("feeds_batch_norm") else "rank one")
         low = int((state["variance"] < self.eps).sum())
         note = f", {low} of {layer.inputs} input variances under eps" if low else ""
-        return f"{form}, {state['steps']} steps{note}"
+        steps = state["steps"]
+        return f"{form}, {steps} step{'' if steps == 1 else 's'}{note}"
 
 
 @dataclass(frozen=True)

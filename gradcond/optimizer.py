@@ -185,7 +185,7 @@ def wrap(
     Example:
         >>> import torch, gradcond
         >>> _ = torch.manual_seed(0)
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> optimizer = gradcond.wrap(optimizer, model, [gradcond.BNP()])
         >>> model(torch.randn(8, 2)).square().mean().backward()
@@ -193,8 +193,8 @@ def wrap(
         >>> optimizer.report()
         layer  conditioned by
         ---------------------
-        0      BNP (with bias, 1 steps)
-        2      BNP (with bias, 1 steps)
+        0      BNP (with bias, 1 step)
+        2      BNP (with bias, 1 step)
     """
     if isinstance(optimizer, ConditionedOptimizer):
         raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
