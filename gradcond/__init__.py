@@ -12,6 +12,7 @@ from gradcond.mean_shift import MeanShiftRejection, zero_mean_init_
 from gradcond.optimizer import ConditionedOptimizer, wrap
 from gradcond.preconditioner import Preconditioner, load_preconditioner
 from gradcond.report import Report
+from gradcond.schedule import ConditionerScheduler
 from gradcond.standardization import WeightStandardization
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Attachment",
     "ConditionedOptimizer",
     "Conditioner",
+    "ConditionerScheduler",
     "GradientCentralization",
     "MeanShiftRejection",
     "Preconditioner",

@@ -116,6 +116,8 @@ class Engine:
                 found.append(Assignment(layer, trained(layer.module.bias, held), members))
         return found
 
+    # a compiled step runs these as they are: traced, every new norm and step count would compile them again
+    @torch.compiler.disable
     def begin(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """A new step, over these parameter groups: its first gradients decide its P."""
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
@@ -127,6 +129,7 @@ class Engine:
         self.frozen: dict[str, RowMap | None] = {}
         self.idle = True
 
+    @torch.compiler.disable
     def condition_(self) -> None:
         """Replaces each layer's gradient g by M g, in place, once per gradient.
 
@@ -166,6 +169,7 @@ class Engine:
 
         return evaluate
 
+    @torch.compiler.disable
     def finish_(self) -> None:
         """After the optimizer's step: weights go back to where their conditioners keep them."""
         if self.idle:

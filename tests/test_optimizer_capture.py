@@ -126,15 +126,19 @@ def test_a_compiled_model_is_traced_once_and_in_one_graph():
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, where dynamo traces SGD
 def test_a_compiled_step_is_the_eager_step():
     eager, compiled = network(), network()
-    expected = train(eager, wrapped(eager, [BNP(), GradientCentralization()], lr=0.1), 4)
+    expected = train(eager, wrapped(eager, [BNP(), GradientCentralization()], lr=0.1), 6)
     optimizer = wrapped(compiled, [BNP(), GradientCentralization()], lr=0.1)
-    step = torch.compile(optimizer.step, backend="aot_eager")
-    for i in range(4):
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(optimizer.step, backend=counter)
+    compiled_by = []
+    for i in range(6):
         x, y = data(i)
         optimizer.zero_grad()
         F.cross_entropy(compiled(x), y).backward()
         step()
+        compiled_by.append(counter.frame_count)
     assert_close(flat([p.detach() for p in compiled.parameters()]), expected)
+    assert compiled_by[1:] == [compiled_by[1]] * 5  # nothing is compiled again from step to step
 
 
 @pytest.mark.parametrize("forward", ["grad", "vmap", "functional_call"])
