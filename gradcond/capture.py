@@ -51,6 +51,7 @@ class InputCapture(_Hook):
         self.layer = layer
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
+        self.traced: Moments | None = None  # rows of compiled calls, whose outputs cannot be hooked
         self.accumulated: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
@@ -59,6 +60,7 @@ class InputCapture(_Hook):
         _drop_inert(layer.module)
         # first of all hooks: FSDP2's puts the weight's shard back
         self.handle = layer.module.register_forward_hook(self, with_kwargs=True, prepend=True)
+        self._watch(layer.module.weight)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Takes the moments of this call's input."""
@@ -69,15 +71,17 @@ class InputCapture(_Hook):
         if moments is None:
             return
         if torch.compiler.is_compiling():  # hooks on tensors would break the graph
-            self._collect(moments)
+            self.traced = _merge(self.traced, moments)
             return
-        if self.watched[0]() is not weight:  # the first call, or the parameter has been replaced
+        if self.watched[0]() is not weight:  # it has been unfrozen or replaced
             self._watch(weight)
         self.reached.clear()  # what was reached and never counted was no training
         self.last_output = weakref.ref(output), output._version
         output.register_hook(_Call(self, moments))
 
     def _watch(self, weight: nn.Parameter) -> None:
+        if not weight.requires_grad:
+            return
         if self.watched[1] is not None:
             self.watched[1].remove()
         self.watched = weakref.ref(weight), weight.register_post_accumulate_grad_hook(_Count(self))
@@ -99,6 +103,11 @@ class InputCapture(_Hook):
 
     def count(self, grad: Tensor | None) -> None:
         """The calls that were reached have made a gradient: their rows count, each once."""
+        if self.traced is not None:
+            if grad is not self.accumulated[0]():  # a new gradient: the rows before belong to another
+                self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
+            self._collect(self.traced)
+            self.traced = None
         for call in self.reached.values():
             if not call.counted:
                 self._collect(call.moments)
@@ -112,8 +121,12 @@ class InputCapture(_Hook):
 
     def take(self) -> Moments | None:
         """The moments of the rows that made the gradient, and a fresh start."""
-        moments = self.collected
-        if self.accumulated[0]() is not self.layer.module.weight.grad:  # it was put together by the caller
+        weight = self.layer.module.weight
+        if self.traced is not None and self.watched[0]() is not weight:  # nobody has seen it accumulate
+            self._collect(self.traced)
+            self._watch(weight)
+        moments, self.traced = self.collected, None
+        if self.accumulated[0]() is not weight.grad:  # it was put together by the caller
             moments = _merge(self.set_aside, moments)
         self.collected = self.set_aside = None
         return moments

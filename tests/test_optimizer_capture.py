@@ -123,6 +123,33 @@ def test_a_compiled_model_is_traced_once_and_in_one_graph():
     assert state(optimizer, "0")["steps"] == 5
 
 
+def test_a_compiled_pass_whose_step_a_scaler_skips_counts_nothing():
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True)
+    (forward(100 * x) ** 3).mean().backward()
+    optimizer.zero_grad()  # and no step
+    for part in (x[:2], x[2:]):
+        (forward(part) ** 3).mean().backward()
+    optimizer.step()
+    assert state(optimizer, "0")["rows"] == 6
+    assert_close(state(optimizer, "0")["mean"], x.mean(0))
+
+
+def test_a_compiled_layer_that_is_unfrozen_joins():
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer = wrapped(model, [BNP()], lr=0.1)
+    forward = torch.compile(model, backend="aot_eager")
+    for step in range(4):
+        model[0].requires_grad_(step > 1)
+        optimizer.zero_grad()
+        forward(data(step)[0]).square().sum().backward()
+        optimizer.step()
+    assert state(optimizer, "0")["steps"] == 2
+    assert state(optimizer, "2")["steps"] == 4
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, where dynamo traces SGD
 def test_a_compiled_step_is_the_eager_step():
     eager, compiled = network(), network()
