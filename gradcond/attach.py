@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradcond.assignment import Assignment
 from gradcond.build import build_engine
 from gradcond.conditioner import Conditioner
 from gradcond.engine import Engine
@@ -38,7 +39,7 @@ class Attachment:
             optimizer.register_load_state_dict_pre_hook(self._check_state),
             optimizer.register_load_state_dict_post_hook(self._load_state),
         ]
-        self._note_versions()
+        self._note_versions(engine.assignments(optimizer.param_groups))
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Conditions the gradients, or those that a closure is going to compute.
@@ -60,10 +61,9 @@ class Attachment:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._engine.finish_()
-        self._note_versions()
+        self._note_versions(self._engine.assigned)
 
-    def _note_versions(self) -> None:
-        assigned = self._engine.assignments(self.optimizer.param_groups)
+    def _note_versions(self, assigned: Sequence[Assignment]) -> None:
         self._versions = {a.layer.name: a.layer.module.weight._version for a in assigned}
 
     def check(self) -> None:

@@ -6,12 +6,12 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradcond.assignment import Assignment, held_parameters, trained
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.conditioner import Conditioner, RowMap, compose
 from gradcond.distributed import Ranks, reshard
@@ -20,28 +20,9 @@ from gradcond.preconditioner import Preconditioner, check_states
 from gradcond.shards import local, local_state, moving, opened, rows_are_local, shown
 from gradcond.statistics import Moments
 
-__all__ = ["Assignment", "Engine"]
+__all__ = ["Engine"]
 
 State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A layer that an optimizer trains, and the places in the chain of the conditioners that take it."""
-
-    layer: Layer
-    has_bias: bool  # is the bias trained, too?
-    members: tuple[int, ...]
-
-    def with_gradients(self) -> Assignment:
-        """This assignment, without the bias when no gradient reached it."""
-        return replace(self, has_bias=self.has_bias and self.layer.module.bias.grad is not None)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The weight, and the bias when it is trained."""
-        module = self.layer.module
-        return [module.weight, module.bias] if self.has_bias else [module.weight]
 
 
 class Engine:
@@ -315,16 +296,6 @@ class Engine:
                 "pass in training mode, through the module's call. Its gradient goes through as it is",
                 stacklevel=2,
             )
-
-
-def held_parameters(groups: Iterable[Mapping[str, Any]]) -> set[int]:
-    """The ids of the parameters in these groups, those of groups with `gradcond=False` left out."""
-    return {id(p) for group in groups if group.get("gradcond", True) for p in group["params"]}
-
-
-def trained(parameter: nn.Parameter | None, held: set[int]) -> bool:
-    """Is a parameter trained by an optimizer that holds these?"""
-    return parameter is not None and parameter.requires_grad and id(parameter) in held
 
 
 @torch.no_grad()

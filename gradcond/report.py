@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradcond.engine import Engine, held_parameters, trained
+from gradcond.assignment import held_parameters, trained
+from gradcond.engine import Engine
 from gradcond.layers import owners, refusal
 
 __all__ = ["Report"]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 HERE = pathlib.Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
@@ -39,7 +38,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 @pytest.mark.parametrize("processes", [2, 4, 1])  # in this order
 def test_many_processes_equal_one(processes, folder):
     names = ["checkpoints_go_on_as_if_nothing_had_happened"] if processes == 1 else []

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gradcond.curvature.condition import FLOOR, ConditionNumber
-from gradcond.curvature.operators import Products
-from gradcond.curvature.smoothing import evaluation_grid, smooth
+from gradcond.curvature.operators import Products, written_out
+from gradcond.curvature.smoothing import cumulative, evaluation_grid, smooth
 from gradcond.curvature.spectrum import SpectralDensity
 
 
@@ -61,7 +61,10 @@ def exact_spectrum(
         (tensor([1., 3.], dtype=torch.float64), 3.0)
     """
     products = Products(A, progress)
-    dense = products.A if isinstance(products.A, Tensor) else _columns(products, chunk)
+    if isinstance(products.A, Tensor):
+        dense = products.A
+    else:
+        dense = written_out(products, products.n, products.work_dtype, products.device, chunk)
     dense = dense.to("cpu", torch.float64)
     scale = dense.norm() / products.n**0.5
     asymmetry = (dense - dense.mT).norm() / (2 * products.n) ** 0.5
@@ -79,28 +82,17 @@ def exact_spectrum(
     )
 
 
-def _columns(products: Products, chunk: int) -> Tensor:
-    n = products.n
-    dense = torch.empty(n, n, dtype=products.work_dtype, device=products.device)
-    for start in range(0, n, chunk):
-        columns = torch.zeros(n, min(chunk, n - start), dtype=dense.dtype, device=dense.device)
-        columns[start : start + chunk].fill_diagonal_(1)
-        dense[:, start : start + chunk] = products(columns)
-    return dense
-
-
 def _density(values: Tensor, grid: str | Tensor, products: Products) -> SpectralDensity:
     points = evaluation_grid(grid, values, products.eps)
     weights, none = torch.full_like(values, 1 / len(values)), torch.zeros_like(values)
     density = smooth(points, values, weights, none)
-    steps = points.diff() * (density[1:] + density[:-1]) / 2
     return SpectralDensity(
         nodes=values,
         weights=weights,
         probes=none.long(),
         grid=points,
         density=density,
-        cdf=torch.cat([steps.new_zeros(1), steps.cumsum(0)]),
+        cdf=cumulative(points, density),
         std_error=torch.zeros_like(density),
         first_moments=values.mean().reshape(1),
         lambda_max=float(values[-1]),

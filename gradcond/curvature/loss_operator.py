@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
@@ -92,8 +93,8 @@ class LossOperator(Operator):
     def _columns(self, V: Tensor) -> Tensor:
         return self._mean(lambda output, loss: self._term(output, loss, V))
 
-    def _term(self, output: Any, loss: Callable[[Any], Tensor], V: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _term(self, output: Any, loss: Callable[[Any], Tensor], V: Tensor) -> Tensor: ...
 
     def _mean(self, term: Term) -> Tensor:
         """The term summed over the batches and divided by the weight of all."""

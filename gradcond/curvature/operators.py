@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Operator:
+class Operator(ABC):
     """A symmetric matrix known by its products: ``A @ v`` for v of shape (n,) or (n, k).
 
     Subclasses define ``_columns(V)``, the product with the columns of V, both (n, k) in the working dtype
@@ -40,8 +41,8 @@ class Operator:
         self.device = device
         self.num_matvecs = 0  # products with single vectors so far
 
-    def _columns(self, V: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _columns(self, V: Tensor) -> Tensor: ...
 
     def __matmul__(self, v: Tensor) -> Tensor:
         v = self._checked(v)
@@ -69,15 +70,14 @@ class Operator:
 
         ``progress`` is called with the number of products just done.
         """
-        n, dtype = self.shape[0], working_dtype(self.dtype)
-        dense = torch.empty(n, n, dtype=dtype, device=self.device)
-        for start in range(0, n, chunk):
-            columns = torch.zeros(n, min(chunk, n - start), dtype=dtype, device=self.device)
-            columns[start : start + chunk].fill_diagonal_(1)
-            dense[:, start : start + chunk] = self @ columns
+
+        def product(columns: Tensor) -> Tensor:
+            result = self @ columns
             if progress is not None:
                 progress(columns.shape[1])
-        return dense.to(self.dtype)
+            return result
+
+        return written_out(product, self.shape[0], working_dtype(self.dtype), self.device, chunk).to(self.dtype)
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy vectors in, NumPy vectors out."""
@@ -88,6 +88,18 @@ class Operator:
 
         as_numpy = np.float64 if dtype == torch.float64 else np.float32
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=as_numpy)
+
+
+def written_out(
+    product: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype, device: torch.device, chunk: int
+) -> Tensor:
+    """The matrix (n, n) of a product with (n, k), from its columns, ``chunk`` at a time."""
+    dense = torch.empty(n, n, dtype=dtype, device=device)
+    for start in range(0, n, chunk):
+        columns = torch.zeros(n, min(chunk, n - start), dtype=dtype, device=device)
+        columns[start : start + chunk].fill_diagonal_(1)
+        dense[:, start : start + chunk] = product(columns)
+    return dense
 
 
 class Products:

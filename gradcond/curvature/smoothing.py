@@ -50,3 +50,9 @@ def smooth(grid: Tensor, nodes: Tensor, weights: Tensor, uncertainty: Tensor) ->
     width = torch.maximum(width, grid[place] - grid[place - 1])
     kernel = (-0.5 * ((grid[:, None] - nodes) / width) ** 2).exp()
     return kernel @ (weights / torch.trapezoid(kernel, grid, dim=0))
+
+
+def cumulative(grid: Tensor, density: Tensor) -> Tensor:
+    """The share below each grid point (g,), by the trapezoidal rule."""
+    steps = grid.diff() * (density[1:] + density[:-1]) / 2
+    return torch.cat([steps.new_zeros(1), steps.cumsum(0)])

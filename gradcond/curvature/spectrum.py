@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from
-from gradcond.curvature.smoothing import evaluation_grid, smooth
+from gradcond.curvature.smoothing import cumulative, evaluation_grid, smooth
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,6 @@ def spectral_density(
     # one curve per probe, each of mass one: their mean is the density, their scatter its error
     curves = torch.stack([smooth(points, *run) for run in runs])
     density = curves.mean(0)
-    steps = points.diff() * (density[1:] + density[:-1]) / 2
     order = nodes.argsort(stable=True)
     return SpectralDensity(
         nodes=nodes[order],
@@ -115,7 +114,7 @@ def spectral_density(
         probes=probes[order],
         grid=points,
         density=density,
-        cdf=torch.cat([steps.new_zeros(1), steps.cumsum(0)]),
+        cdf=cumulative(points, density),
         std_error=curves.std(0) / num_probes**0.5 if num_probes > 1 else torch.full_like(density, torch.nan),
         first_moments=torch.stack([run[0] @ run[1] for run in runs]),
         lambda_max=float(nodes.max()),
