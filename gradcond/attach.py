@@ -47,10 +47,10 @@ class Attachment:
         torch may run this hook twice in one step, where a subclass calls `super().step()`: a gradient is
         conditioned once all the same.
         """
+        self._engine.begin(optimizer.param_groups)
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):  # a fused step that a gradient scaler makes skip itself
             return None
-        self._engine.begin(optimizer.param_groups)
         _, *rest = args
         if callable(rest[0] if rest else kwargs.get("closure")):
             if rest:

@@ -160,6 +160,20 @@ def test_a_gradient_scaler_and_a_step_that_overflows(fused):
     assert torch.equal(flat([p.detach() for p in model.parameters()]), before)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_first_step_that_overflows_is_skipped(fused):
+    model = network().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    handle = attach(optimizer, model, [WeightStandardization(), BNP()])
+    scaler = torch.amp.GradScaler("cpu", init_scale=float(2**127))
+    before = flat([p.detach() for p in model.parameters()])
+    scaler.scale(1e6 * F.cross_entropy(model(data()[0].float()), data()[1])).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(flat([p.detach() for p in model.parameters()]), before)
+    assert not any(handle._engine.states)
+
+
 @pytest.mark.parametrize("front", [attach, wrap])
 def test_only_takes_the_modules_that_it_names(front):
     model = network()
