@@ -3,11 +3,13 @@
 The analysis side is `gradcond.curvature`, imported on its own.
 """
 
+from gradcond import attention, embedding, recurrent  # noqa: F401  # their adapters register themselves
 from gradcond._version import __version__
 from gradcond.attach import Attachment, attach
 from gradcond.bnp import BNP
 from gradcond.centralization import GradientCentralization, WeightCentralization
 from gradcond.conditioner import Conditioner
+from gradcond.layers import Layer, register_layer
 from gradcond.mean_shift import MeanShiftRejection, zero_mean_init_
 from gradcond.optimizer import ConditionedOptimizer, wrap
 from gradcond.preconditioner import Preconditioner, load_preconditioner
@@ -22,6 +24,7 @@ __all__ = [
     "Conditioner",
     "ConditionerScheduler",
     "GradientCentralization",
+    "Layer",
     "MeanShiftRejection",
     "Preconditioner",
     "Report",
@@ -30,6 +33,7 @@ __all__ = [
     "__version__",
     "attach",
     "load_preconditioner",
+    "register_layer",
     "wrap",
     "zero_mean_init_",
 ]

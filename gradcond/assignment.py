@@ -18,18 +18,20 @@ class Assignment:
     """A layer that an optimizer trains, and the places in the chain of the conditioners that take it."""
 
     layer: Layer
-    has_bias: bool  # is the bias trained, too?
+    weights: tuple[nn.Parameter, ...]
+    biases: tuple[nn.Parameter, ...]  # those that are trained, too
     members: tuple[int, ...]
 
     def with_gradients(self) -> Assignment:
-        """This assignment, without the bias when no gradient reached it."""
-        return replace(self, has_bias=self.has_bias and self.layer.module.bias.grad is not None)
+        """This assignment, without the biases that no gradient reached."""
+        if all(bias.grad is not None for bias in self.biases):
+            return self
+        return replace(self, biases=tuple(bias for bias in self.biases if bias.grad is not None))
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The weight, and the bias when it is trained."""
-        module = self.layer.module
-        return [module.weight, module.bias] if self.has_bias else [module.weight]
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The weights, and the biases that are trained."""
+        return self.weights + self.biases
 
 
 def held_parameters(groups: Iterable[Mapping[str, Any]]) -> set[int]:

@@ -64,7 +64,7 @@ class Attachment:
         self._note_versions(self._engine.assigned)
 
     def _note_versions(self, assigned: Sequence[Assignment]) -> None:
-        self._versions = {a.layer.name: a.layer.module.weight._version for a in assigned}
+        self._versions = {a.layer.name: a.weights[0]._version for a in assigned}
 
     def check(self) -> None:
         """Makes sure that no step ran without conditioning.
@@ -78,7 +78,7 @@ class Attachment:
             raise RuntimeError("expected an attached optimizer, but remove() has been called; attach again")
         for a in self._engine.assignments(self.optimizer.param_groups):
             version = self._versions.get(a.layer.name)
-            if version is not None and version != a.layer.module.weight._version:
+            if version is not None and version != a.weights[0]._version:
                 raise RuntimeError(
                     f"the weight of layer {a.layer.name!r} has changed since the last conditioned step: expected "
                     "every step to run the optimizer's hooks. Step the optimizer that was attached to (a copy "

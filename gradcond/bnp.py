@@ -44,6 +44,9 @@ class BNP(Conditioner):
         start: of the averages: "debias", "first_batch" or "paper" (mean 0, variance 1), see `statistics.fold`.
         center: take the means into account.
         standardize: take the variances into account.
+        taps: statistics of every tap's own patches, padding included, instead of tied ones per input channel.
+        ghost: take the moments of this many rows (of convolutions: samples) drawn from each call; None, of all.
+        every: take moments in every so many steps, the first one included, and use the last ones in between.
 
     Raises:
         ValueError: for a setting out of its range.
@@ -69,6 +72,9 @@ class BNP(Conditioner):
     start: str = "debias"
     center: bool = True
     standardize: bool = True
+    taps: bool = False
+    ghost: int | None = None
+    every: int = 1
 
     uses_inputs: ClassVar[bool] = True
     acts_on_bias: ClassVar[bool] = True
@@ -83,9 +89,23 @@ class BNP(Conditioner):
         if self.start not in ("debias", "first_batch", "paper"):
             raise ValueError(f'BNP: start must be "debias", "first_batch" or "paper", got {self.start!r}')
 
+        if self.ghost is not None and not self.ghost >= 1:
+            raise ValueError(f"BNP: ghost must be a number of rows, or None, got {self.ghost}")
+        if not self.every >= 1:
+            raise ValueError(f"BNP: every must be at least 1, got {self.every}")
+
+    def is_due(self, state: dict[str, Any]) -> bool:
+        """Every `every` steps, the first one included."""
+        return "mean" not in state or state["age"] >= self.every
+
     def update(self, state: dict[str, Any], moments: Moments) -> None:
         """Folds the moments of one step's rows."""
         fold(state, moments, self.decay, self.start)
+        state["age"] = 1
+
+    def wait(self, state: dict[str, Any]) -> None:
+        """The moments grow older."""
+        state["age"] += 1
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
         """P from the running moments; the identity before the first ones."""
@@ -93,26 +113,24 @@ class BNP(Conditioner):
             return None
         mean, variance = state["mean"], state["variance"]
         n = {"rows": state["rows"], "batch": state["samples"], None: layer.fan_in}[self.scale]
-        center = self.center and not (state.get("feeds_batch_norm") and not state.get("has_bias", True))
-        form = WithBias if state.get("has_bias", True) else WithoutBias
+        q = max(layer.fan_in / n, 1.0) ** 0.5
+        has_bias = state.get("has_bias", True)
+        if not self.center or (state.get("feeds_batch_norm") and not has_bias):
+            mean = torch.zeros_like(mean)
         if self.standardize:
-            damped = variance + (self.eps_rel * variance.max() + self.eps)
+            damped = torch.add(variance, variance.max(), alpha=self.eps_rel).add_(self.eps)
             inverse = damped.rsqrt()
             if self.eps == 0:  # a constant input's weights rest
                 inverse = torch.where(damped > 0, inverse, 0.0)
         else:
             inverse = torch.ones_like(mean)
-        return form(
-            mean=layer.columns(mean if center else torch.zeros_like(mean)),
-            inverse=layer.columns(inverse),
-            q=max(layer.fan_in / n, 1.0) ** 0.5,
-            taps=layer.taps,
-            kernel_size=layer.kernel_size,
-        )
+        form = WithBias if has_bias else WithoutBias
+        return form(mean=layer.columns(mean), inverse=layer.columns(inverse), q=q, layer=layer)
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """One mean and one variance per input."""
-        return {"mean": (layer.inputs,), "variance": (layer.inputs,)}
+        """One mean and one variance per input, or per input and tap."""
+        shape = (layer.inputs * (layer.kernel_size if self.taps else 1),)
+        return {"mean": shape, "variance": shape, "shift": shape}
 
     def describe(self, layer: Layer, state: dict[str, Any]) -> str:
         """Which restriction of M is used, and over how many steps the moments were taken."""
@@ -121,29 +139,38 @@ class BNP(Conditioner):
         form = "with bias"
         if not state.get("has_bias", True):
             form = "bias-free, " + ("batch norm follows" if state.get("feeds_batch_norm") else "rank one")
-        low = int((state["variance"] < self.eps).sum())
-        note = f", {low} of {layer.inputs} input variances under eps" if low else ""
-        steps = state["steps"]
+        variance, steps = state["variance"], state["steps"]
+        low = int((variance < self.eps).sum())
+        note = f", {low} of {variance.numel()} input variances under eps" if low else ""
+        if steps > 1:
+            note = f", staleness {self.staleness(state):.2g}{note}"
         return f"{form}, {steps} step{'' if steps == 1 else 's'}{note}"
+
+    def staleness(self, state: dict[str, Any]) -> float:
+        """How far a step's mean was from the running one: |mu_step - mu| / sigma, root of its mean square.
+
+        With independent rows it is about n^-1/2 for n rows in a step; more says that the statistics lag.
+        """
+        damped = state["variance"] + (self.eps_rel * state["variance"].max() + self.eps)
+        return float((state["shift"].square() / damped).mean().sqrt())
 
 
 @dataclass(frozen=True)
 class _Whitening(RowMap):
     """What both forms hold; P, M and their tensors are of the statistics' dtype."""
 
-    mean: Tensor  # (groups, 1, in, 1...)
-    inverse: Tensor  # (groups, 1, in, 1...), 1 / sigma~
+    mean: Tensor  # (groups, 1, in, 1...), with taps=True (groups, 1, in, *taps)
+    inverse: Tensor  # likewise, 1 / sigma~
     q: float
-    taps: int
-    kernel_size: int
+    layer: Layer
 
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Sums a b over each row: (..., groups, out)."""
-        return (a * b).flatten(-1 - self.taps).sum(-1)
+        return (a * b).flatten(-1 - self.layer.taps).sum(-1)
 
     def _row(self, bias: Tensor) -> Tensor:
         """A number per row, shaped to multiply weights."""
-        return bias[(...,) + (None,) * (1 + self.taps)]
+        return bias[(...,) + (None,) * (1 + self.layer.taps)]
 
 
 class WithBias(_Whitening):
@@ -167,6 +194,15 @@ class WithBias(_Whitening):
         weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.inverse / self.q).square()
         return Rows(weight, rows.bias / self.q**2 - self._inner(weight, self.mean))
 
+    def apply_(self, rows: Rows) -> None:
+        """The same, without a copy of the gradient where it has the statistics' precision."""
+        weight, bias = rows
+        assert bias is not None
+        if weight.dtype is not self.mean.dtype:
+            return super().apply_(rows)
+        weight.addcmul_(self._row(bias), self.mean, value=-1).mul_((self.inverse / self.q).square_())
+        bias.div_(self.q**2).sub_(self._inner(weight, self.mean))
+
 
 class WithoutBias(_Whitening):
     """P = (1/q) S^-1/2 (I - c v v^T), v = S^-1/2 mu, chosen so that P P^T = (S + mu mu^T)^-1 / q^2."""
@@ -174,7 +210,8 @@ class WithoutBias(_Whitening):
     def _deflate(self, weight: Tensor) -> Tensor:
         """(I - c v v^T) w with c = (1 - 1/sqrt(1 + |v|^2)) / |v|^2, written without 0/0 at v = 0."""
         v = self.mean * self.inverse
-        root = (1 + self.kernel_size * v.square().flatten(1).sum(1)).sqrt()  # (groups,)
+        tied = self.layer.fan_in // (v[0].numel() or 1)  # taps that share a number
+        root = (1 + tied * v.square().flatten(1).sum(1)).sqrt()  # (groups,)
         c = 1 / (root * (1 + root))
         return weight - self._row(c[:, None] * self._inner(weight, v)) * v
 

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from gradcond.inputs import Observer
 from gradcond.layers import Layer
-from gradcond.statistics import Moments, input_moments
+from gradcond.statistics import Moments
 
 __all__ = ["BatchNormProbe", "InputCapture"]
 
@@ -47,8 +49,9 @@ class InputCapture(_Hook):
     overflowed, do not count either; when the step's gradient was put together from several ones, all rows do.
     """
 
-    def __init__(self, layer: Layer) -> None:
-        self.layer = layer
+    def __init__(self, layer: Layer, observer: Observer) -> None:
+        self.layer, self.observer = layer, observer
+        self.active = True  # is this step's input looked at?
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
         self.traced: Moments | None = None  # rows of compiled calls, whose outputs cannot be hooked
@@ -60,24 +63,45 @@ class InputCapture(_Hook):
         _drop_inert(layer.module)
         # first of all hooks: FSDP2's puts the weight's shard back
         self.handle = layer.module.register_forward_hook(self, with_kwargs=True, prepend=True)
-        self._watch(layer.module.weight)
+        self._watch(self.weight)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    @property
+    def weight(self) -> Any:
+        """The parameter whose gradient tells which rows count."""
+        return self.layer.weights[0]
+
+    @property
+    def size(self) -> int:
+        """Of the moments that are taken."""
+        return self.layer.inputs * (self.layer.kernel_size if self.observer.taps else 1)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Takes the moments of this call's input."""
-        weight = self.layer.module.weight
-        if not (module.training and torch.is_grad_enabled() and weight.requires_grad):
+        if not (self.active and module.training and torch.is_grad_enabled()):
             return
-        moments = input_moments(self.layer, args[0] if args else kwargs["input"], output)
+        weight = self.weight
+        if not weight.requires_grad:
+            return
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+            return  # function transforms leave no gradient
+        moments = self.observer.moments(self.layer, args, kwargs, output)
         if moments is None:
             return
-        if torch.compiler.is_compiling():  # hooks on tensors would break the graph
+        if compiling:  # hooks on tensors would break the graph
             self.traced = _merge(self.traced, moments)
             return
         if self.watched[0]() is not weight:  # it has been unfrozen or replaced
             self._watch(weight)
         self.reached.clear()  # what was reached and never counted was no training
-        self.last_output = weakref.ref(output), output._version
-        output.register_hook(_Call(self, moments))
+        call = _Call(self, moments)
+        if isinstance(output, Tensor):
+            self.last_output = weakref.ref(output), output._version
+            output.register_hook(call)
+            return
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(call)
 
     def _watch(self, weight: nn.Parameter) -> None:
         if not weight.requires_grad:
@@ -95,7 +119,7 @@ class InputCapture(_Hook):
     def begin(self) -> None:
         """A backward pass comes: is the gradient that was being accumulated gone?"""
         last, version = self.accumulated
-        grad: Tensor | None = self.layer.module.weight.grad
+        grad: Tensor | None = self.weight.grad
         if self.collected is None or (grad is not None and grad is last() and grad._version == version):
             return
         if grad is None or not bool(grad.any()):
@@ -121,7 +145,7 @@ class InputCapture(_Hook):
 
     def take(self) -> Moments | None:
         """The moments of the rows that made the gradient, and a fresh start."""
-        weight = self.layer.module.weight
+        weight = self.weight
         if self.traced is not None and self.watched[0]() is not weight:  # nobody has seen it accumulate
             self._collect(self.traced)
             self._watch(weight)

@@ -13,6 +13,9 @@ from gradcond.layers import Layer, Rows
 
 __all__ = ["GradientCentralization", "WeightCentralization"]
 
+ONE_HOT = "its inputs are one-hot: a row's weights meet one at a time, and their mean never"
+SEVERAL = "several weights make one row, and are not moved together"
+
 
 @dataclass
 class GradientCentralization(Conditioner):
@@ -60,6 +63,8 @@ class GradientCentralization(Conditioner):
         """Linear layers under conv_only, and layers where centering would leave nothing."""
         if self.conv_only and not layer.convolution:
             return "conv_only"
+        if layer.one_hot:
+            return ONE_HOT
         if self.side != "output" and layer.fan_in == 1:
             return "one weight per output unit: centered, it would be frozen"
         if self.side != "input" and layer.units == 1:
@@ -114,6 +119,8 @@ class WeightCentralization(Conditioner):
 
     def refusal(self, layer: Layer) -> str | None:
         """Rows of one weight."""
+        if layer.one_hot or len(layer.weight_names) > 1:
+            return ONE_HOT if layer.one_hot else SEVERAL
         return "one weight per output unit: centered, it would be zero" if layer.fan_in == 1 else None
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> None:
@@ -122,7 +129,7 @@ class WeightCentralization(Conditioner):
     @torch.no_grad()
     def retract_(self, layer: Layer, state: dict[str, Any]) -> None:
         """W <- C w."""
-        center_(layer, layer.module.weight)
+        center_(layer, layer.weight)
 
     def describe(self, layer: Layer, state: dict[str, Any]) -> str:
         """That the weights themselves are moved."""

@@ -13,10 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from gradcond.layers import Layer, Rows
 from gradcond.statistics import Moments
 
-__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap"]
+__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap", "map_"]
 
 
 class RowMap(ABC):
@@ -33,6 +36,13 @@ class RowMap(ABC):
     def apply(self, rows: Rows) -> Rows:
         """M g = P P^T g; methods with a shorter closed form override it."""
         return self.factor(self.factor_transpose(rows))
+
+    def apply_(self, rows: Rows) -> None:
+        """G <- M g in place; methods that need no copy of g override it."""
+        mapped = self.apply(rows)
+        rows.weight.copy_(mapped.weight)
+        if rows.bias is not None and mapped.bias is not None and mapped.bias is not rows.bias:
+            rows.bias.copy_(mapped.bias)
 
 
 class SymmetricMap(RowMap):
@@ -95,6 +105,8 @@ class Conditioner(ABC):
     uses_inputs: ClassVar[bool] = False  # does it need the moments of the layers' inputs?
     is_projection: ClassVar[bool] = False  # M M = M
     acts_on_bias: ClassVar[bool] = False
+    taps: bool = False  # does it need the moments of every tap?
+    ghost: int | None = None  # from how many rows of each call? None: all
     row_wise = True  # does M act on each row by itself? Then ranks that hold whole rows need not meet
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -114,8 +126,15 @@ class Conditioner(ABC):
         """Why a layer is left alone, or None when it is conditioned."""
         return None
 
+    def is_due(self, state: dict[str, Any]) -> bool:
+        """Does the coming step need the layer's input moments?"""
+        return self.uses_inputs
+
     def update(self, state: dict[str, Any], moments: Moments) -> None:
-        """Folds one step's input moments into a layer's state; called once per step when `uses_inputs`."""
+        """Folds one step's input moments into a layer's state; called in every step that is due."""
+
+    def wait(self, state: dict[str, Any]) -> None:
+        """A step that was not due has passed."""
 
     @abstractmethod
     def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
@@ -137,6 +156,41 @@ class Conditioner(ABC):
     def describe(self, layer: Layer, state: dict[str, Any]) -> str:
         """What a report says of a layer beyond the method's name."""
         return ""
+
+
+@torch.no_grad()
+def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Replaces tensors shaped like a layer's parameters by P z, P^T v or M g of them, in place.
+
+    Several biases share their one direction: with k of them P is E P (E^T k^1/2), E = (1, ..., 1)^T / k on the
+    bias and the identity on the weights.
+
+    Args:
+        method: "factor", "factor_transpose" or "apply".
+        layer: whose rows they are.
+        row_map: P on [bias, weights].
+        weights: one per weight parameter; leading batch axes are kept.
+        biases: one per bias parameter that is trained, or none.
+    """
+    k = len(biases)
+    own = [layer.part(b, -1) for b in biases]
+    bias = own[0] if own else None
+    if k > 1:
+        bias = sum(own[1:], own[0]) / (k**0.5 if method == "factor" else k)
+    rows = layer.rows(layer.join(weights), bias)
+    if method == "apply" and k < 2 and len(weights) == 1:
+        return row_map.apply_(rows)
+    mapped: Rows = getattr(row_map, method)(rows)
+    if len(weights) == 1:
+        rows.weight.copy_(mapped.weight)
+    else:
+        parts = mapped.weight.squeeze(-3).split([w.shape[-1] for w in weights], -1)
+        for weight, part in zip(weights, parts, strict=True):
+            layer.part(weight, -2).copy_(part)
+    if mapped.bias is not None and mapped.bias is not rows.bias:  # the same one: nobody has touched it
+        shared = mapped.bias if k == 1 else mapped.bias / (k**0.5 if method == "factor_transpose" else k)
+        for b in own:
+            b.copy_(shared.flatten(-2))
 
 
 def compose(maps: Sequence[RowMap | None]) -> RowMap | None:

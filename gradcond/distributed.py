@@ -90,7 +90,7 @@ class Ranks:
             m = moments[name]
             if m is None:
                 head += [0, 0, 0, capture.feeds_batch_norm]
-                body.append(torch.zeros(2 * capture.layer.inputs, dtype=torch.float64, device=device))
+                body.append(torch.zeros(2 * capture.size, dtype=torch.float64, device=device))
             else:
                 mean, variance = m.mean.to(device, torch.float64), m.variance.to(device, torch.float64)
                 head += [m.count, m.samples, m.rows, capture.feeds_batch_norm]
@@ -103,15 +103,15 @@ class Ranks:
         merged: dict[str, Moments | None] = {}
         for i, (name, capture) in enumerate(captures.items()):
             count, samples, rows, feeds_batch_norm = head[len(flags) + 4 * i :][:4]
-            total, squares = sums[: 2 * capture.layer.inputs].chunk(2)
-            sums = sums[2 * capture.layer.inputs :]
+            total, squares = sums[: 2 * capture.size].chunk(2)
+            sums = sums[2 * capture.size :]
             capture.feeds_batch_norm = feeds_batch_norm > 0
             merged[name] = _moments(capture, count, samples, rows, total, squares) if count else None
         return merged, tuple(number > 0 for number in head[: len(flags)])
 
 
 def _moments(capture: InputCapture, count: int, samples: int, rows: int, total: Tensor, squares: Tensor) -> Moments:
-    weight = capture.layer.module.weight
+    weight = capture.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)  # the same on all ranks, with rows or without
     mean = total / count
     variance = (squares / count - mean.square()).clamp_min(0)

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from gradcond.assignment import Assignment, held_parameters, trained
 from gradcond.capture import BatchNormProbe, InputCapture
-from gradcond.conditioner import Conditioner, RowMap, compose
+from gradcond.conditioner import Conditioner, RowMap, compose, map_
 from gradcond.distributed import Ranks, reshard
-from gradcond.layers import Layer, Rows, find_layers, has_lazy
+from gradcond.inputs import Observer
+from gradcond.layers import Layer, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner, check_states
 from gradcond.shards import local, local_state, moving, opened, rows_are_local, shown
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
 
+_KEPT = "model", "ranks", "chain", "only", "states", "network", "warned"  # by copies; the rest is found again
 State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
 
 
@@ -48,6 +50,7 @@ class Engine:
         self.only = only
         self.chain = list(chain)
         self.states: list[State] = [{} for _ in chain]
+        self.network: list[dict[str, Any]] = [{} for _ in chain]  # what a conditioner keeps of all layers together
         self.warned: set[str] = set()
         self._attach()
 
@@ -56,15 +59,14 @@ class Engine:
         self.layers = find_layers(self.model)
         self.lazy = has_lazy(self.model)
         self._ask_refusals()
-        self.captures = {
-            name: InputCapture(layer)
-            for name, layer in self.layers.items()
-            if any(c.uses_inputs for c in self.chain)
-        }
+        users = [c for c in self.chain if c.uses_inputs]
+        self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
+        self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
         self.probe = BatchNormProbe(self.captures.values(), self.model)
         self.conditioned: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
+        self._ask_due()
 
     def _ask_refusals(self) -> None:
         self.refusals = {
@@ -75,12 +77,20 @@ class Engine:
     def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
         if self.only is not None and not self.only(name):
             return "left out by only="
-        if conditioner.uses_inputs and not layer.is_called:
-            return "the module around it does not call it, so its inputs are not seen"
         return conditioner.refusal(shown(layer))
 
+    def _ask_due(self) -> None:
+        """Which inputs does the coming step need, and which of their rows?"""
+        for name, capture in self.captures.items():
+            states = zip(self.chain, self.states, self.refusals[name], strict=True)
+            capture.active = any(why is None and c.is_due(state.get(name, {})) for c, state, why in states)
+        self.observer.seen.clear()
+        if self.observer.ghost is not None:
+            steps = [entry.get("steps", 0) for state in self.states for entry in state.values()]
+            self.observer.seed = 65537 * max(steps, default=0)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("model", "ranks", "chain", "only", "states", "warned")}
+        return {key: getattr(self, key) for key in _KEPT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -93,8 +103,10 @@ class Engine:
         found = []
         for name, layer in self.layers.items():
             members = tuple(i for i, reason in enumerate(self.refusals[name]) if reason is None)
-            if members and trained(layer.module.weight, held):
-                found.append(Assignment(layer, trained(layer.module.bias, held), members))
+            weights = tuple(layer.weights)
+            if members and all(trained(weight, held) for weight in weights):
+                biases = tuple(bias for bias in layer.biases if trained(bias, held))
+                found.append(Assignment(layer, weights, biases, members))
         return found
 
     # a compiled step runs these as they are: traced, every new norm and step count would compile them again
@@ -129,9 +141,12 @@ class Engine:
                 self.frozen[name] = self._next_map(assignment, moments.get(name))
             row_map = self.frozen[name]
             if row_map is not None:
-                _apply_(row_map, assignment, whole=self._whole(assignment))
-            grad: Tensor = assignment.layer.module.weight.grad
-            self.conditioned[name] = weakref.ref(grad), grad._version, local(grad)._version
+                _map_(
+                    "apply", row_map, assignment, [p.grad for p in assignment.parameters], self._whole(assignment)
+                )
+        for assignment in ready:  # several layers may share a gradient
+            grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
+            self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
 
     def conditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure whose gradients are conditioned after each evaluation."""
@@ -162,15 +177,16 @@ class Engine:
         self.loaded = False
         if self.frozen:
             self.probe.remove()
+        self._ask_due()
 
     def preconditioner(self, groups: Iterable[Mapping[str, Any]]) -> Preconditioner:
         """The M of the last step, or what the chain gives before the first one."""
         blocks = []
         for a in self.assignments(groups):
-            states = {i: self.states[i].get(a.layer.name, {}) for i in a.members}
+            states = {i: _copied(self.states[i].get(a.layer.name, {})) for i in a.members}
             row_map = compose([self.chain[i].row_map(shown(a.layer), state) for i, state in states.items()])
             if row_map is not None:
-                blocks.append((a.layer, row_map, a.has_bias))
+                blocks.append((a.layer, row_map, bool(a.biases)))
         return Preconditioner(self.model, blocks)
 
     def state_dict(self, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -179,9 +195,10 @@ class Engine:
         chain = []
         for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
             names = [a.layer.name for a in assigned if i in a.members]
-            layers = {name: dict(states.get(name, {})) for name in names}
-            chain.append({"name": conditioner.name, "settings": conditioner.settings(), "layers": layers})
-        return {"format": 1, "chain": chain, "layers": {a.layer.name: a.has_bias for a in assigned}}
+            layers = {name: _copied(states.get(name, {})) for name in names}
+            entry = {"name": conditioner.name, "settings": conditioner.settings(), "layers": layers}
+            chain.append(entry | {"network": _copied(self.network[i])})
+        return {"format": 1, "chain": chain, "layers": {a.layer.name: bool(a.biases) for a in assigned}}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, before anything is touched, for a state that is not of this chain and model."""
@@ -204,27 +221,29 @@ class Engine:
             for key, value in entry["settings"].items():
                 setattr(conditioner, key, value)
         self.states = [
-            {name: self._own(name, saved) for name, saved in entry["layers"].items() if saved}
+            {
+                name: _copied(saved, self.layers[name].weights[0].device)
+                for name, saved in entry["layers"].items()
+                if saved
+            }
             for entry in state["chain"]
         ]
+        self.network = [_copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True
+        self._ask_due()
 
     def forget(self) -> None:
         """Starts all statistics anew."""
-        self.states = [{} for _ in self.chain]
-
-    def _own(self, name: str, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """A layer's state with its tensors on the layer's device."""
-        device = self.layers[name].module.weight.device
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()}
+        self.states, self.network = [{} for _ in self.chain], [{} for _ in self.chain]
+        self._ask_due()
 
     def _is_fresh(self, assignment: Assignment) -> bool:
-        """Is there a gradient that has not been conditioned yet? Sparse ones have no rows of a layer."""
-        grad: Tensor | None = assignment.layer.module.weight.grad
-        if grad is not None and grad.is_sparse:
+        """Are there gradients that have not been conditioned yet? Sparse ones have no rows of a layer."""
+        if any(weight.grad is None or weight.grad.is_sparse for weight in assignment.weights):
             return False
+        grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
         last, *versions = self.conditioned.get(assignment.layer.name, (lambda: None, 0, 0))
-        return grad is not None and (last() is not grad or versions != [grad._version, local(grad)._version])
+        return last() is not grad or versions != [grad._version, local(grad)._version]
 
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
@@ -270,17 +289,21 @@ class Engine:
         layer, maps, whole = assignment.layer, [], self._whole(assignment)
         for i in assignment.members:
             conditioner, states = self.chain[i], self.states[i]
-            if conditioner.uses_inputs and moments is None:
-                self._warn_missing(layer)
+            due = conditioner.uses_inputs and self.captures[layer.name].active
+            due = due and conditioner.is_due(states.get(layer.name, {}))
+            if due and moments is None:
+                self._warn_missing(assignment)
                 continue
             if layer.name not in states:
                 states[layer.name] = {}
                 with moving(layer, whole=True) as view:
                     conditioner.enter_(view, states[layer.name])
             state = states[layer.name]
-            if conditioner.uses_inputs and moments is not None:
+            if not due:
+                conditioner.wait(state)
+            elif moments is not None:
                 capture = self.captures[layer.name]
-                state["has_bias"] = assignment.has_bias
+                state["has_bias"] = bool(assignment.biases)
                 state["feeds_batch_norm"] = capture.feeds_batch_norm or state.get("feeds_batch_norm", False)
                 conditioner.update(state, moments)
             view = shown(layer, whole=whole)
@@ -288,8 +311,9 @@ class Engine:
                 maps.append(conditioner.row_map(view, state if whole else local_state(layer, state)))
         return compose(maps)
 
-    def _warn_missing(self, layer: Layer) -> None:
-        if layer.name not in self.warned and bool(local(layer.module.weight.grad).any()):
+    def _warn_missing(self, assignment: Assignment) -> None:
+        layer = assignment.layer
+        if layer.name not in self.warned and bool(local(assignment.weights[0].grad).any()):
             self.warned.add(layer.name)
             warnings.warn(
                 f"layer {layer.name!r} has a gradient, but none of its inputs were seen: expected its forward "
@@ -298,15 +322,16 @@ class Engine:
             )
 
 
-@torch.no_grad()
-def _apply_(row_map: RowMap, assignment: Assignment, *, whole: bool) -> None:
-    grads = [p.grad for p in assignment.parameters if p.grad is not None]
-    with opened(grads, whole=whole) as (weight, *bias):
-        rows = assignment.layer.rows(weight, bias[0] if bias else None)
-        mapped: Rows = row_map.apply(rows)
-        rows.weight.copy_(mapped.weight)
-        if rows.bias is not None and mapped.bias is not None:
-            rows.bias.copy_(mapped.bias)
+def _map_(method: str, row_map: RowMap, assignment: Assignment, tensors: Sequence[Any], whole: bool) -> None:
+    """Replaces tensors like an assignment's parameters by P z or M g of them."""
+    n = len(assignment.weights)
+    with opened(tensors, whole=whole) as plain:
+        map_(method, assignment.layer, row_map, plain[:n], plain[n:])
+
+
+def _copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A state with tensors of its own."""
+    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:

@@ -1,25 +1,26 @@
-"""How each module type shows its gradient as rows and its input as columns.
+"""How each module type shows its gradient as rows and its input as columns; `register_layer` adds a type.
 
 Every supported weight is seen as (groups, out, in, *taps): `out` output units in each group, each with a row
 of `in x taps` weights. The output axis comes from the module's type, never from the shape of a tensor, and all
-of it is views, so that any memory format keeps its strides.
+of it is views, so that any memory format keeps its strides. Only where several parameters make one row, as in
+recurrent networks, is it a copy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
 
-__all__ = ["Layer", "Rows", "find_layers"]
+__all__ = ["Layer", "Rows", "find_layers", "register_layer"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 class Rows(NamedTuple):
@@ -29,82 +30,225 @@ class Rows(NamedTuple):
     bias: Tensor | None  # (..., groups, out)
 
 
+def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    """What most layers are applied to: their call's first argument."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    return x
+
+
 class Layer:
-    """A module whose weight has rows, under its qualified name in the model.
+    """A weight with rows, the biases beside it and the input that it is applied to.
+
+    A module has one of them, or several: an adapter for `register_layer` says which.
 
     Args:
-        name: of the module in the model.
-        module: an nn.Linear or a convolution.
+        name: of the module in the model; from an adapter, of the layer in its module, "" for the only one.
+        module: whose calls show the inputs.
+        weight: name of the weight in the module, dots for submodules; several names, when the layer's input is
+            their inputs side by side.
+        bias: likewise; names of parameters that are not there are passed over. The sum of several biases is
+            one direction, which they share equally.
+        observe: the layer's input from one call (module, args, kwargs, output): a tensor of shape
+            (..., inputs), every leading index one row, for convolutions (batch, inputs, *positions);
+            `statistics.Moments`, where they are known without one; None when there is no input to see. The
+            first argument by default.
+        span: the rows (start, stop) of the weight and bias that are the layer's; all by default, and where a
+            parameter has no more.
+        transposed: is the weight (in, out / groups, *taps) instead of (out, in / groups, *taps)?
+        one_hot: are the inputs indices?
 
     Attributes:
-        transposed: is the weight (in, out / groups, *taps)?
         convolution: is it a convolution, transposed or not?
-        groups: number of groups, 1 for Linear.
+        groups: number of groups, 1 for all but convolutions.
         inputs: number of input channels (features for Linear), all groups together.
         units: number of output units of one group.
         taps: number of spatial axes of the kernel, 0 for Linear.
-        kernel_size: number of taps of one (output, input) kernel, 1 for Linear.
+        kernel: shape of one (output, input) kernel, () for Linear.
+        kernel_size: number of taps of one kernel, 1 for Linear.
         fan_in: length of a row: inputs of the unit's group times kernel_size.
-        is_called: do forward hooks see its inputs? nn.MultiheadAttention uses its output projection's weight only.
 
     Example:
         >>> layer = Layer("up", nn.ConvTranspose1d(6, 4, 3, groups=2))
-        >>> layer.rows(layer.module.weight, layer.module.bias).weight.shape
+        >>> layer.rows(layer.weight, layer.bias).weight.shape
         torch.Size([2, 2, 3, 3])
         >>> layer.fan_in, layer.inputs
         (9, 6)
     """
 
-    def __init__(self, name: str, module: Any) -> None:
-        first, second, *kernel = module.weight.shape
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        weight: str | Sequence[str] = "weight",
+        bias: str | Sequence[str] = "bias",
+        observe: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Any] = first_input,
+        span: tuple[int, int] | None = None,
+        transposed: bool | None = None,
+        one_hot: bool = False,
+    ) -> None:
         self.name = name
-        self.module = module
-        self.transposed = isinstance(module, _TRANSPOSED)
-        self.convolution = isinstance(module, _CONVOLUTIONS + _TRANSPOSED)
-        self.groups: int = getattr(module, "groups", 1)
+        self.module: Any = module
+        self.lookup: Callable[[str], Any] = self._attribute
+        self.weight_names = (weight,) if isinstance(weight, str) else tuple(weight)
+        biases = (bias,) if isinstance(bias, str) else tuple(bias)
+        self.places = {key: self._place(key) for key in self.weight_names + biases}
+        self.bias_names = tuple(key for key in biases if self._attribute(key) is not None)
+        self.places = {key: self.places[key] for key in self.weight_names + self.bias_names}
+        self.observe = observe
+        self.span = span
+        self.one_hot = one_hot
+        self.convolution = isinstance(module, _CONVOLUTIONS)
+        self.transposed = isinstance(module, _TRANSPOSED) if transposed is None else transposed
+        self.groups: int = getattr(module, "groups", 1) if self.convolution else 1
+        first, second, *kernel = self._attribute(self.weight_names[0]).shape
+        if span is not None:
+            first = span[1] - span[0]
+        if len(self.weight_names) > 1:
+            second = sum(self._attribute(key).shape[1] for key in self.weight_names)
         self.inputs: int = first if self.transposed else second * self.groups
         self.units: int = second if self.transposed else first // self.groups
         self.taps = len(kernel)
+        self.kernel = tuple(kernel)
         self.kernel_size = math.prod(kernel)
         self.fan_in = self.inputs // self.groups * self.kernel_size
-        self.is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
+
+    def _place(self, key: str) -> tuple[Any, str]:
+        *path, leaf = key.split(".")
+        return reduce(getattr, path, self.module), leaf
+
+    def _attribute(self, key: str) -> Any:
+        module, leaf = self.places[key]
+        # past nn.Module.__getattr__: this is asked for at every step
+        found = module._parameters.get(leaf)
+        return getattr(module, leaf, None) if found is None else found
+
+    @property
+    def weights(self) -> list[Any]:
+        """The parameters that hold the weight."""
+        return [self.lookup(key) for key in self.weight_names]
+
+    @property
+    def biases(self) -> list[Any]:
+        """The parameters that hold the bias."""
+        return [self.lookup(key) for key in self.bias_names]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as `rows` takes it: a view of its parameter, a copy where there are several."""
+        return self.join(self.weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias as `rows` takes it, None without one."""
+        parts = [self.part(b, -1) for b in self.biases]
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def join(self, weights: Sequence[Tensor]) -> Tensor:
+        """One weight from tensors shaped like the weight parameters, with any number of leading axes."""
+        parts = [self.part(w, -2 - self.taps) for w in weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def part(self, tensor: Tensor, axis: int) -> Tensor:
+        """The layer's own rows of a parameter-shaped tensor, a view; a tensor of just those is one as it is."""
+        own = self.units * self.groups
+        if self.span is None or tensor.shape[axis] == own:
+            return tensor
+        return tensor.narrow(axis, self.span[0], own)
 
     def rows(self, weight: Tensor, bias: Tensor | None) -> Rows:
         """Views of a weight- and a bias-shaped tensor as rows; leading batch axes are kept.
 
         Args:
-            weight: shaped like the module's weight, with any number of leading axes.
+            weight: shaped like the layer's weight, with any number of leading axes.
             bias: likewise, or None.
 
         Returns:
             Rows with weight (..., groups, out, in, *taps) and bias (..., groups, out).
         """
         axis = -2 - self.taps
-        weight = weight.unflatten(axis, (self.groups, -1))
+        if self.groups > 1:
+            weight = weight.unflatten(axis, (self.groups, -1))
+        else:
+            weight = weight.unsqueeze(axis - 1)
         if self.transposed:  # (groups, in, out, *taps)
             weight = weight.transpose(axis, axis + 1)
-        return Rows(weight, None if bias is None else bias.unflatten(-1, (self.groups, -1)))
+        if bias is not None:
+            bias = bias.unflatten(-1, (self.groups, -1)) if self.groups > 1 else bias.unsqueeze(-2)
+        return Rows(weight, bias)
 
     def columns(self, vector: Tensor) -> Tensor:
-        """A vector over the inputs, (inputs,), shaped (groups, 1, in, 1...) so that it multiplies rows."""
-        return vector.reshape(self.groups, 1, -1, *[1] * self.taps)
+        """A number per input, or per input and tap, as a vector: shaped to multiply rows."""
+        kernel = self.kernel if len(vector) > self.inputs else [1] * self.taps
+        return vector.reshape(self.groups, 1, -1, *kernel)
 
     def channel_axis(self, x: Tensor) -> int:
         """The axis of an input tensor that counts the layer's inputs."""
         return x.dim() - 1 - self.taps
 
 
-def refusal(module: nn.Module) -> str | None:
-    """Why a module cannot be shown as rows, or None when it can."""
-    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)):
+Adapter = Callable[[Any], "Layer | Sequence[Layer] | str"]
+_adapters: dict[type | str, Adapter] = {}
+
+
+def register_layer(kind: type[nn.Module] | str, adapter: Adapter) -> None:
+    """Tells how a module type shows its gradient as rows; subclasses are shown likewise.
+
+    Args:
+        kind: a module class, or its full name "package.module.Class" where importing it would cost too much.
+        adapter: takes a module of that type and returns its Layer or several ones, whose parameters are then
+            those of no module inside it; or a text, why it has none. It is called when an optimizer is wrapped.
+
+    Raises:
+        TypeError: when kind is no module class.
+
+    Example:
+        A graph convolution is linear in what has been aggregated, which is not what its Linear is called with:
+
+        >>> class GraphConvolution(nn.Module):
+        ...     def __init__(self, n_in, n_out):
+        ...         super().__init__()
+        ...         self.linear = nn.Linear(n_in, n_out, bias=False)
+        ...         self.bias = nn.Parameter(torch.zeros(n_out))
+        ...     def forward(self, x, adjacency):
+        ...         return adjacency @ self.linear(x) + self.bias
+        >>> def aggregated(module, args, kwargs, output):
+        ...     x, adjacency = args
+        ...     return adjacency @ x
+        >>> register_layer(GraphConvolution, lambda module: Layer(
+        ...     "", module, weight="linear.weight", bias="bias", observe=aggregated))
+        >>> list(find_layers(nn.Sequential(GraphConvolution(4, 2))))
+        ['0']
+    """
+    if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"expected a subclass of torch.nn.Module or its full name, got {kind!r}")
+    _adapters[kind] = adapter
+
+
+for _kind in (nn.Linear, *_CONVOLUTIONS):
+    register_layer(_kind, lambda module: Layer("", module))
+
+
+def layers_of(module: nn.Module) -> list[Layer] | str:
+    """A module's layers by its adapter, or why it has none."""
+    for kind in type(module).__mro__:
+        adapter = _adapters.get(kind, _adapters.get(f"{kind.__module__}.{kind.__qualname__}"))
+        if adapter is not None:
+            break
+    else:
         return f"{type(module).__name__} has no adapter"
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed (parametrized), not a parameter"
-    if isinstance(module.weight, UninitializedParameter):
+    if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
         return "its weight has no shape yet (lazy module)"
-    if module.weight.is_complex():
-        return "its weight is complex"
-    return None
+    found = adapter(module)
+    layers = [found] if isinstance(found, Layer) else found
+    if isinstance(layers, str):
+        return layers
+    for layer in layers:
+        if any(leaf not in owner._parameters for owner, leaf in layer.places.values()):
+            return "its weight is computed (parametrized), not a parameter"
+        if any(p.is_complex() for p in layer.weights):
+            return "its weight is complex"
+    return list(layers)
 
 
 def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -121,7 +265,7 @@ def has_lazy(model: nn.Module) -> bool:
 
 
 def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every module of a model whose gradient can be shown as rows, by qualified name.
+    """Every layer of a model whose gradient can be shown as rows, by qualified name.
 
     A weight or bias that several modules share belongs to none of them: its gradient mixes their inputs.
 
@@ -132,8 +276,16 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     places: dict[int, int] = {}
     for _, _, _, parameter in owners(model):
         places[id(parameter)] = places.get(id(parameter), 0) + 1
+    claimed: set[int] = set()
     layers = {}
     for name, module in model.named_modules():
-        if refusal(module) is None and all(places[id(p)] == 1 for p in module.parameters(recurse=False)):
-            layers[name] = Layer(name, module)
+        found = layers_of(module)
+        if isinstance(found, str):
+            continue
+        ids = [{id(p) for p in layer.weights + layer.biases} for layer in found]
+        for layer, own in zip(found, ids, strict=True):
+            if not own & claimed and all(places[i] == 1 for i in own):
+                layer.name = ".".join(part for part in (name, layer.name) if part)
+                layers[layer.name] = layer
+        claimed.update(*ids)
     return layers

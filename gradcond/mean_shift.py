@@ -114,12 +114,14 @@ def zero_mean_init_(model: nn.Module, norm: float = 1.0, *, generator: torch.Gen
     if not norm > 0:
         raise ValueError(f"zero_mean_init_: norm must be positive, got {norm}")
     for layer in find_layers(model).values():
-        weight = layer.module.weight.uniform_(-1, 1, generator=generator)
+        if layer.one_hot or len(layer.weight_names) > 1:
+            continue
+        weight = layer.weight.uniform_(-1, 1, generator=generator)
         rows = layer.rows(weight, None).weight
         first = -layer.taps if layer.kernel_size > 1 else -1 - layer.taps
         if layer.fan_in > 1:
             rows -= rows.mean(tuple(range(first, 0)), keepdim=True)
         row_axes = tuple(range(-1 - layer.taps, 0))
         rows *= norm / rows.square().sum(row_axes, keepdim=True).sqrt()
-        if layer.module.bias is not None:
-            layer.module.bias.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()

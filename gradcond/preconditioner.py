@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcond.conditioner import Conditioner, RowMap, compose
+from gradcond.conditioner import Conditioner, RowMap, compose, map_
 from gradcond.layers import Layer, find_layers
 from gradcond.shards import shown
 
@@ -24,7 +24,7 @@ class Preconditioner:
 
     Args:
         model: whose parameters are meant.
-        blocks: for each conditioned layer, its P and whether the bias is a part of it.
+        blocks: for each conditioned layer, its P and whether its biases are a part of it.
 
     Attributes:
         shape: (n, n).
@@ -40,14 +40,14 @@ class Preconditioner:
         self.shape = (n, n)
         self.blocks = []
         for layer, row_map, has_bias in blocks:
-            parts = [layer.module.weight, layer.module.bias] if has_bias else [layer.module.weight]
-            if not all(id(p) in self.places for p in parts):
+            biases = [self.places[id(p)] for p in layer.biases if has_bias and id(p) in self.places]
+            weights = [self.places[id(p)] for p in layer.weights if id(p) in self.places]
+            if len(weights) < len(layer.weights) or bool(biases) != has_bias:
                 raise ValueError(
                     f"layer {layer.name!r} was conditioned while it was trained, and is frozen now; expected "
                     "its parameters to require grad as they did"
                 )
-            weight, *bias = [self.places[id(p)] for p in parts]
-            self.blocks.append((layer, row_map, weight, bias[0] if bias else None))
+            self.blocks.append((layer, row_map, weights, biases))
 
     def factor(self, z: Tensor) -> Tensor:
         """P z for a vector (n,) or vectors (n, k), in z's dtype."""
@@ -78,12 +78,8 @@ class Preconditioner:
             start, shape = place
             return result[..., start : start + math.prod(shape)].unflatten(-1, shape)
 
-        for layer, row_map, weight, bias in self.blocks:
-            rows = layer.rows(view(weight), None if bias is None else view(bias))
-            mapped = getattr(row_map, method)(rows)
-            rows.weight.copy_(mapped.weight)
-            if rows.bias is not None:
-                rows.bias.copy_(mapped.bias)
+        for layer, row_map, weights, biases in self.blocks:
+            map_(method, layer, row_map, [view(w) for w in weights], [view(b) for b in biases])
         return result.mT if v.dim() == 2 else result
 
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradcond.assignment import held_parameters, trained
+from torch import nn
+
+from gradcond.assignment import Assignment, held_parameters, trained
 from gradcond.engine import Engine
-from gradcond.layers import owners, refusal
+from gradcond.layers import Layer, layers_of, owners
 
 __all__ = ["Report"]
 
@@ -53,6 +55,10 @@ def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
             conditioned[name].append(conditioner.name + (f" ({note})" if note else ""))
     held = held_parameters(groups)
     everything = held_parameters({**group, "gradcond": True} for group in groups)
+    holders: dict[int, list[Layer]] = {}
+    for layer in engine.layers.values():
+        for parameter in layer.weights + layer.biases:
+            holders.setdefault(id(parameter), []).append(layer)
     left_alone: dict[str, str] = {}
     for name, module, key, parameter in owners(engine.model):
         full_name = f"{name}.{key}" if name else key
@@ -62,17 +68,30 @@ def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
             left_alone[full_name] = "the optimizer does not hold it"
         elif id(parameter) not in held:
             left_alone[full_name] = "its parameter group says gradcond=False"
-        elif name in assigned and (
-            key == "weight" or any(engine.chain[i].acts_on_bias for i in assigned[name].members)
-        ):
+        elif not (layers := holders.get(id(parameter), [])):
+            left_alone[full_name] = _why_no_layer(module, parameter)
+        elif any(_is_taken(parameter, assigned[layer.name], engine) for layer in layers if layer.name in assigned):
             continue
-        elif name in assigned:
+        elif any(layer.name in assigned for layer in layers):
             left_alone[full_name] = "no conditioner of this chain acts on biases"
-        elif name not in engine.layers:
-            left_alone[full_name] = refusal(module) or "it is shared by several modules"
-        elif not trained(engine.layers[name].module.weight, held):
+        elif not all(trained(weight, held) for weight in layers[0].weights):
             left_alone[full_name] = "the weight beside it is not trained"
         else:
-            reasons = zip(engine.chain, engine.refusals[name], strict=True)
+            reasons = zip(engine.chain, engine.refusals[layers[0].name], strict=True)
             left_alone[full_name] = "; ".join(f"{c.name}: {why}" for c, why in reasons) or "the chain is empty"
     return Report(conditioned, left_alone)
+
+
+def _is_taken(parameter: nn.Parameter, assignment: Assignment, engine: Engine) -> bool:
+    if any(parameter is weight for weight in assignment.weights):
+        return True
+    return any(engine.chain[i].acts_on_bias for i in assignment.members)
+
+
+def _why_no_layer(module: nn.Module, parameter: nn.Parameter) -> str:
+    layers = layers_of(module)
+    if isinstance(layers, str):
+        return layers
+    if any(parameter is own for layer in layers for own in layer.weights + layer.biases):
+        return "it is shared by several modules"
+    return f"it is in no row of {type(module).__name__}"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,9 +21,12 @@ from gradcond.layers import Layer
 __all__ = ["local", "local_state", "moving", "opened", "rows_are_local", "shown"]
 
 
+_PLAIN = Tensor, torch.nn.Parameter
+
+
 def is_sharded(tensor: Any) -> bool:
     """Is it a DTensor? Asked by its attribute: importing DTensor takes half a second."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Any:
@@ -39,28 +41,28 @@ def rows_are_local(layer: Layer) -> bool:
         >>> rows_are_local(Layer("fc", torch.nn.Linear(3, 2)))
         True
     """
-    weight, bias = layer.module.weight, layer.module.bias
-    if not is_sharded(weight):
-        return not is_sharded(bias)
-    if layer.transposed or layer.groups > 1:
+    weights, biases = layer.weights, layer.biases
+    if not any(is_sharded(p) for p in weights + biases):
+        return True
+    if layer.transposed or layer.groups > 1 or layer.span is not None:
         return False
-    whole_rows = all(p.is_replicate() or p.is_shard(0) for p in weight.placements)
-    return whole_rows and (bias is None or (is_sharded(bias) and bias.placements == weight.placements))
+    placements = {tuple(p.placements) if is_sharded(p) else None for p in weights + biases}
+    alike = placements.pop()
+    return not placements and alike is not None and all(p.is_replicate() or p.is_shard(0) for p in alike)
 
 
 class _Plain:
-    """Stands in for a module: its weight and bias as plain tensors, gathered when somebody looks at them."""
+    """Looks a layer's parameters up as plain tensors, gathered when somebody looks at them."""
 
-    def __init__(self, module: Any, whole: bool) -> None:
-        self.module, self.whole = module, whole
+    def __init__(self, layer: Layer, whole: bool) -> None:
+        self.layer, self.whole = layer, whole
+        self.seen: dict[str, Tensor] = {}
 
-    @cached_property
-    def weight(self) -> Tensor:
-        return _gathered(self.module.weight) if self.whole else local(self.module.weight)
-
-    @cached_property
-    def bias(self) -> Tensor | None:
-        return _gathered(self.module.bias) if self.whole else local(self.module.bias)
+    def __call__(self, key: str) -> Tensor:
+        if key not in self.seen:
+            parameter = self.layer.lookup(key)
+            self.seen[key] = _gathered(parameter) if self.whole else local(parameter)
+        return self.seen[key]
 
 
 def shown(layer: Layer, *, whole: bool = True) -> Layer:
@@ -71,12 +73,12 @@ def shown(layer: Layer, *, whole: bool = True) -> Layer:
         >>> shown(layer) is layer  # nothing to do on one process
         True
     """
-    if not (is_sharded(layer.module.weight) or is_sharded(layer.module.bias)):
+    if not any(is_sharded(p) for p in layer.weights + layer.biases):
         return layer
     other = copy.copy(layer)
-    other.module = _Plain(layer.module, whole)
+    other.lookup = _Plain(layer, whole)
     if not whole:
-        other.units = other.module.weight.shape[0]
+        other.units = other.weights[0].shape[0]
     return other
 
 
@@ -86,8 +88,8 @@ def moving(layer: Layer, *, whole: bool) -> Iterator[Layer]:
     view = shown(layer, whole=whole)
     yield view
     if view is not layer and whole:
-        for key in view.module.__dict__.keys() & {"weight", "bias"}:  # those that have been looked at
-            _put(getattr(view.module, key), getattr(layer.module, key))
+        for key, tensor in view.lookup.seen.items():  # type: ignore[attr-defined]
+            _put(tensor, layer.lookup(key))
 
 
 @contextmanager
@@ -107,7 +109,7 @@ def local_state(layer: Layer, state: dict[str, Any]) -> dict[str, Any]:
 
     Statistics of the inputs, (inputs,), are the same on all ranks; what has more axes is per row, (1, units, ...).
     """
-    weight = layer.module.weight
+    weight = layer.weights[0]
     if not is_sharded(weight):
         return state
     per_row = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() > 1}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradcond.centralization import ONE_HOT, SEVERAL
 from gradcond.conditioner import Conditioner, RowMap, SymmetricMap
 from gradcond.layers import Layer, Rows
 
@@ -59,6 +60,8 @@ class WeightStandardization(Conditioner):
 
     def refusal(self, layer: Layer) -> str | None:
         """Rows too short, or constant rows, which have no deviation to keep."""
+        if layer.one_hot or len(layer.weight_names) > 1:
+            return ONE_HOT if layer.one_hot else SEVERAL
         if layer.fan_in < 3:
             return "rows of one or two weights have no tangent: standardized, they would be frozen"
         if bool((standardized(layer)[1] <= self.eps).any()):
@@ -82,7 +85,7 @@ class WeightStandardization(Conditioner):
     @torch.no_grad()
     def retract_(self, layer: Layer, state: dict[str, Any]) -> None:
         """W <- deviation * (w - mean) / std."""
-        rows = layer.rows(layer.module.weight, None).weight
+        rows = layer.rows(layer.weight, None).weight
         rows.copy_(state["deviation"] * standardized(layer)[0])
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -122,6 +125,6 @@ class Tangent(SymmetricMap):
 @torch.no_grad()
 def standardized(layer: Layer) -> tuple[Tensor, Tensor]:
     """The rows of a layer's weight at mean 0 and unbiased deviation 1, and the deviation they had."""
-    weight = layer.rows(layer.module.weight, None).weight
+    weight = layer.rows(layer.weight, None).weight
     deviation, mean = torch.std_mean(weight, tuple(range(-1 - layer.taps, 0)), keepdim=True)
     return (weight - mean) / deviation.clamp_min(torch.finfo(weight.dtype).tiny), deviation

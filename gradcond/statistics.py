@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcond.layers import Layer
-
-__all__ = ["Moments", "fold", "input_moments"]
+__all__ = ["Moments", "fold"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Moments:
-    """Moments of the rows seen so far, one entry per input channel.
+    """Moments of the rows seen so far, one entry per input channel (or per channel and tap).
 
     References:
         Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
@@ -34,47 +32,17 @@ class Moments:
     count: int  # positions of the input, before padding, each once
     samples: int
     rows: int  # samples x output positions
-    mean: Tensor  # (inputs,) float32 or float64
-    variance: Tensor  # (inputs,) biased
+    mean: Tensor  # (inputs,) or (inputs x taps,), float32 or float64
+    variance: Tensor  # likewise, biased
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets of rows together."""
+        """The moments of both sets of rows together: their total variance."""
         count = self.count + other.count
         a = other.count / count
-        return Moments(
-            count,
-            self.samples + other.samples,
-            self.rows + other.rows,
-            *total(self.mean, self.variance, other.mean, other.variance, a),
-        )
-
-
-def total(mean: Tensor, variance: Tensor, mean_a: Tensor, variance_a: Tensor, a: float) -> tuple[Tensor, Tensor]:
-    """Mean and total variance of a mixture in which the second part has weight a."""
-    d = mean_a - mean
-    return mean.lerp(mean_a, a), variance.lerp(variance_a, a).addcmul_(d, d, value=a * (1 - a))
-
-
-@torch.no_grad()
-def input_moments(layer: Layer, x: Tensor, output: Tensor) -> Moments | None:
-    """The moments of one call's input, in float32 or better; None for an empty batch.
-
-    Args:
-        layer: whose input it is.
-        x: Linear: (..., inputs), every leading index one row. Convolutions: (batch, inputs, *positions), or
-            without the batch axis.
-        output: the layer's output on x, whose positions count the rows of the gradient.
-    """
-    axis = layer.channel_axis(x)
-    if x.numel() == 0 or output.numel() == 0:
-        return None
-    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    others = [d for d in range(x.dim()) if d != axis]
-    variance, mean = torch.var_mean(x, others, correction=0) if others else (torch.zeros_like(x), x)
-    count = x.numel() // x.shape[axis]
-    samples = x.shape[0] if axis > 0 else 1
-    rows = output.numel() // (layer.units * layer.groups)
-    return Moments(count, samples, rows, mean, variance)
+        d = other.mean - self.mean
+        mean = self.mean.lerp(other.mean, a)
+        variance = self.variance.lerp(other.variance, a).addcmul_(d, d, value=a * (1 - a))
+        return Moments(count, self.samples + other.samples, self.rows + other.rows, mean, variance)
 
 
 def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> None:
@@ -87,7 +55,8 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
     which is unbiased up to O(1 - decay) at every batch size, one row included.
 
     Args:
-        state: holds "mean", "variance", "steps", "rows", "samples" from the second call on.
+        state: holds "mean" and "variance", which are changed in place, and "shift" (d), "steps", "rows" and
+            "samples" from the second call on.
         moments: of this step's rows.
         decay: in [0, 1); 0 keeps this step's rows only.
         start: "debias", a = (1-decay)/(1-decay^t); "first_batch", a = 1 and then 1-decay; "paper", a = 1-decay
@@ -109,5 +78,7 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
         a = (1 - decay) / (1 - decay**steps)
     elif start == "first_batch" and steps == 1:
         a = 1.0
-    state["mean"], state["variance"] = total(mean, variance, moments.mean, moments.variance, a)
+    state["shift"] = d = moments.mean - mean
+    state["mean"] = mean.lerp_(moments.mean, a)
+    state["variance"] = variance.lerp_(moments.variance, a).addcmul_(d, d, value=a * (1 - a))
     state["steps"], state["rows"], state["samples"] = steps, moments.rows, moments.samples

@@ -32,16 +32,11 @@ def test_attention_is_conditioned_where_its_inputs_are_seen_and_reported_elsewhe
     assert_close(state(optimizer, "linear1")["mean"], seen["x"].mean((0, 1)))
     assert state(optimizer, "linear1")["rows"] == 15
     report = optimizer.report()
-    assert set(report.conditioned) == {"linear1", "linear2"}
-    assert report.left_alone["self_attn.in_proj_weight"] == "MultiheadAttention has no adapter"
-    assert "does not call it" in report.left_alone["self_attn.out_proj.weight"]
-    for name in (
-        "self_attn.in_proj_weight",
-        "self_attn.out_proj.weight",
-        "self_attn.out_proj.bias",
-        "norm1.weight",
-    ):
-        assert torch.equal(model.get_parameter(name).grad, raw[name])
+    projections = {f"self_attn.{name}" for name in ("query", "key", "value", "out_proj")}
+    assert set(report.conditioned) == projections | {"linear1", "linear2"}
+    assert torch.equal(model.norm1.weight.grad, raw["norm1.weight"])
+    for name in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "self_attn.out_proj.bias"):
+        assert not torch.equal(model.get_parameter(name).grad, raw[name])
     model.eval()
     with torch.no_grad():
         assert model(x).isfinite().all()

@@ -1,0 +1,49 @@
+"""nn.MultiheadAttention: projections of query, key and value, and one of what the heads put out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcond.layers import Layer, register_layer
+
+__all__: list[str] = []
+
+
+def _projections(module: nn.MultiheadAttention) -> list[Layer]:
+    n, layers = module.embed_dim, []
+    for i, name in enumerate(("query", "key", "value")):
+        weight = "in_proj_weight" if module._qkv_same_embed_dim else f"{name[0]}_proj_weight"
+        span = i * n, i * n + n
+        layers.append(
+            Layer(name, module, weight=weight, bias="in_proj_bias", observe=_argument(name, i), span=span)
+        )
+    out = Layer("out_proj", module, weight="out_proj.weight", bias="out_proj.bias", observe=heads_output)
+    return [*layers, out]
+
+
+def _argument(name: str, i: int) -> Callable[..., Tensor]:
+    """Observes one of the three arguments."""
+    return lambda module, args, kwargs, output: args[i] if i < len(args) else kwargs[name]
+
+
+def heads_output(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+    """The output projection's input, which the module keeps to itself: the product has saved it for backward.
+
+    None where saved tensors are packed away (activation checkpointing would compute the pass again).
+    """
+    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return None
+    node = output[0].grad_fn
+    while node is not None and "mm" not in node.name().lower():  # views, a transposition, a cast
+        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
+    if node is None:
+        return None
+    x: Tensor = node._saved_mat1 if hasattr(node, "_saved_mat1") else node._saved_self
+    return x
+
+
+register_layer(nn.MultiheadAttention, _projections)

@@ -1,0 +1,87 @@
+"""The moments of one call's input: of all of it, or of rows drawn from it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcond.layers import Layer, first_input
+from gradcond.moments import channel_moments
+from gradcond.patches import patch_moments
+from gradcond.statistics import Moments
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Takes the moments of the inputs of a model's layers; of a tensor that several are applied to, once.
+
+    Args:
+        taps: for each tap of a convolution what it meets, instead of one number per channel?
+        ghost: how many rows (of convolutions: samples) to draw from each call; None takes all.
+    """
+
+    def __init__(self, taps: bool, ghost: int | None) -> None:
+        self.taps, self.ghost = taps, ghost
+        self.seed = 0  # of the rows to draw, moved by every draw
+        self.seen: dict[int, tuple[Callable[[], Tensor | None], int, int, tuple[Tensor, Tensor]]] = {}
+
+    def moments(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Moments | None:
+        """The moments of one call's input, in float32 or better; None for an empty or an unseen one."""
+        if layer.observe is first_input:
+            x = first_input(layer.module, args, kwargs, output)
+        else:
+            with torch.no_grad():
+                x = layer.observe(layer.module, args, kwargs, output)
+        if not isinstance(x, Tensor):  # None, or moments
+            return x
+        if x.numel() == 0 or (layer.convolution and output.numel() == 0):
+            return None
+        axis = layer.channel_axis(x)
+        if layer.one_hot:
+            return Moments(x.numel(), x.shape[0] if x.dim() else 1, x.numel(), *_frequencies(layer, x))
+        count = x.numel() // x.shape[axis]
+        rows = output.numel() // (layer.units * layer.groups) if layer.convolution else count
+        samples = x.shape[0] if axis > 0 else 1
+        if self.ghost is not None and axis > 0:
+            x = self._draw(x if layer.convolution else x.flatten(0, -2), self.ghost)
+            count = min(count, x.numel() // x.shape[layer.channel_axis(x)])
+        if self.taps and layer.kernel_size > 1:
+            return Moments(count, samples, rows, *(moment.flatten() for moment in patch_moments(layer, x)))
+        return Moments(count, samples, rows, *self._channel_moments(x, layer.channel_axis(x)))
+
+    @torch.no_grad()
+    def _draw(self, x: Tensor, n: int) -> Tensor:
+        """Some rows at random; evenly spaced ones in a compiled pass, where a generator would break the graph."""
+        if x.shape[0] <= n:
+            return x
+        if torch.compiler.is_compiling():
+            return x[:: x.shape[0] // n][:n]
+        self.seed += 1
+        drawn = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(self.seed))[:n]
+        return x[drawn.to(x.device, non_blocking=True)]
+
+    def _channel_moments(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return channel_moments(x, axis)
+        seen = self.seen.get(id(x))
+        if seen is None or seen[0]() is not x or seen[1:3] != (x._version, axis):
+            seen = weakref.ref(x), x._version, axis, channel_moments(x, axis)
+            self.seen[id(x)] = seen
+        return seen[3]
+
+
+def _frequencies(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean p and variance p (1 - p) of one-hot inputs; a padding index is the zero input."""
+    weight = layer.module.weight
+    p = torch.zeros(layer.inputs, dtype=torch.promote_types(weight.dtype, torch.float32), device=x.device)
+    p.index_add_(0, x.flatten().long(), p.new_ones(()).expand(x.numel()))
+    padding = getattr(layer.module, "padding_idx", None)
+    if padding is not None:
+        p[padding] = 0
+    p /= x.numel()
+    return p, p * (1 - p)
