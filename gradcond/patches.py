@@ -42,11 +42,11 @@ def patch_moments(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = (_padded(module, t) for t in (mean, variance))
     result = mean.new_empty(2, len(mean), layer.kernel_size)
     for index, tap in enumerate(itertools.product(*(range(k) for k in layer.kernel))):
-        places = [_met(module, layer.transposed, d, t, mean.shape[1 + d]) for d, t in enumerate(tap)]
-        met = mean[(slice(None), *places)].flatten(1)
+        place = slice(None), *(_met(module, layer.transposed, d, t, mean.shape[1 + d]) for d, t in enumerate(tap))
+        met = mean[place].flatten(1)
         n = max(met.shape[1], 1)  # a tap may meet nothing
         average = met.sum(1) / n
-        spread = variance[(slice(None), *places)].flatten(1) + (met - average[:, None]).square()
+        spread = variance[place].flatten(1) + (met - average[:, None]).square()
         result[..., index] = torch.stack([average, spread.sum(1) / n])
     average, spread = result.unflatten(-1, layer.kernel).to(dtype)
     return average, spread
