@@ -5,10 +5,10 @@
 A step is forward, loss, backward, optimizer.step and zero_grad under SGD. Every round runs each variant once, in
 a new order, so that what else the machine does hits all of them; "added" is the median over rounds of the
 difference to the plain network in the same round, and a ratio is added by the variant / added by the yardstick
-(BatchNorm layers; LayerNorm where there is no batch to speak of), with a bootstrap interval over rounds. A CPU
-runs on one thread, and the C library keeps freed memory: a page that is given back and asked for again costs as
-much as the arithmetic on it, at random. "peak" is the most memory alive at once in two steps, from the model's
-birth on, as PyTorch's own allocator records it: the same number in every run.
+(BatchNorm layers; LayerNorm where there is no batch to speak of), with a bootstrap interval over rounds. On a
+CPU it is processor time on one thread, and the C library keeps freed memory: a page that is given back and asked
+for again costs as much as the arithmetic on it, at random. "peak" is the most memory alive at once in two steps,
+from the model's birth on, as PyTorch's own allocator records it: the same number in every run.
 
 The last table times the conditioning alone, without model and optimizer: GradientCentralization and
 MeanShiftRejection beside the two-kernel loop g.sub_(g.mean(dims, keepdim=True)) over the same gradients, on CUDA
@@ -264,7 +264,9 @@ def machine(args: argparse.Namespace, keeps: bool) -> dict[str, str]:
     cuda = args.device.type == "cuda"
     return {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(args.device) if cuda else f"{cpu}, 1 thread of {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name(args.device)
+        if cuda
+        else f"{cpu}, 1 of {os.cpu_count()} cores, processor time",
         "torch": torch.__version__,
         "gradcond": gradcond.__version__,
         "rounds": f"{args.rounds} after {args.warm_up} of warm-up",

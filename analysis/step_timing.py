@@ -1,4 +1,4 @@
-"""Times that can be compared on a machine that others use, too: interleaved rounds, medians of differences."""
+"""Times that can be compared on a machine that others use: processor time, interleaved rounds, medians."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def keep_freed_memory() -> bool:
 
 
 def cpu_seconds(step: Step) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+    """Processor time of one call: on one thread the wall time, less what other programs make it wait."""
+    start = time.process_time()
     step()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def cuda_seconds(step: Step) -> float:
