@@ -8,7 +8,9 @@ from gradcond._version import __version__
 from gradcond.attach import Attachment, attach
 from gradcond.bnp import BNP
 from gradcond.centralization import GradientCentralization, WeightCentralization
+from gradcond.clipping import NormClipping
 from gradcond.conditioner import Conditioner
+from gradcond.damping import RateDamping
 from gradcond.layers import Layer, register_layer
 from gradcond.mean_shift import MeanShiftRejection, zero_mean_init_
 from gradcond.optimizer import ConditionedOptimizer, wrap
@@ -26,7 +28,9 @@ __all__ = [
     "GradientCentralization",
     "Layer",
     "MeanShiftRejection",
+    "NormClipping",
     "Preconditioner",
+    "RateDamping",
     "Report",
     "WeightCentralization",
     "WeightStandardization",

@@ -39,6 +39,7 @@ class Attachment:
             optimizer.register_load_state_dict_pre_hook(self._check_state),
             optimizer.register_load_state_dict_post_hook(self._load_state),
         ]
+        engine.give_factor(optimizer)
         self._note_versions(engine.assignments(optimizer.param_groups))
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -91,6 +92,8 @@ class Attachment:
             handle.remove()
         self._handles = []
         self._engine.detach()
+        if hasattr(self.optimizer, "factor_"):
+            self.optimizer.factor_ = None
 
     def preconditioner(self) -> Preconditioner:
         """A snapshot of the last step's M = P P^T over the model's trainable parameters."""
@@ -122,6 +125,7 @@ def attach(
     *,
     only: Callable[[str], bool] | None = None,
     process_group: Any = None,
+    check_finite: bool | None = None,
 ) -> Attachment:
     """Conditions the gradients of an optimizer that somebody else owns, by its step hooks.
 
@@ -136,6 +140,7 @@ def attach(
         only: takes a module's qualified name and says whether it is conditioned; all are by default.
         process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
             initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
+        check_finite: look whether gradients and inputs are finite before anything is changed? None: on the CPU.
 
     Returns:
         A handle with remove(), check(), report() and preconditioner().
@@ -158,5 +163,7 @@ def attach(
     """
     if isinstance(optimizer, ConditionedOptimizer):
         raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
-    engine = build_engine(optimizer, model, conditioners, only=only, process_group=process_group)
+    engine = build_engine(
+        optimizer, model, conditioners, only=only, process_group=process_group, check_finite=check_finite
+    )
     return Attachment(optimizer, engine)

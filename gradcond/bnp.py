@@ -119,13 +119,13 @@ class BNP(Conditioner):
             mean = torch.zeros_like(mean)
         if self.standardize:
             damped = torch.add(variance, variance.max(), alpha=self.eps_rel).add_(self.eps)
-            inverse = damped.rsqrt()
+            reciprocal = damped.rsqrt()
             if self.eps == 0:  # a constant input's weights rest
-                inverse = torch.where(damped > 0, inverse, 0.0)
+                reciprocal = torch.where(damped > 0, reciprocal, 0.0)
         else:
-            inverse = torch.ones_like(mean)
+            reciprocal = torch.ones_like(mean)
         form = WithBias if has_bias else WithoutBias
-        return form(mean=layer.columns(mean), inverse=layer.columns(inverse), q=q, layer=layer)
+        return form(mean=layer.columns(mean), reciprocal=layer.columns(reciprocal), q=q, layer=layer)
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """One mean and one variance per input, or per input and tap."""
@@ -160,9 +160,14 @@ class _Whitening(RowMap):
     """What both forms hold; P, M and their tensors are of the statistics' dtype."""
 
     mean: Tensor  # (groups, 1, in, 1...), with taps=True (groups, 1, in, *taps)
-    inverse: Tensor  # likewise, 1 / sigma~
+    reciprocal: Tensor  # likewise, 1 / sigma~
     q: float
     layer: Layer
+
+    @property
+    def scale(self) -> float:
+        """Q."""
+        return self.q
 
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Sums a b over each row: (..., groups, out)."""
@@ -179,19 +184,25 @@ class WithBias(_Whitening):
     def factor(self, rows: Rows) -> Rows:
         """Weights z / sigma~, bias minus what they carry of the mean."""
         assert rows.bias is not None
-        weight = rows.weight * (self.inverse / self.q)
+        weight = rows.weight * (self.reciprocal / self.q)
         return Rows(weight, rows.bias / self.q - self._inner(weight, self.mean))
 
     def factor_transpose(self, rows: Rows) -> Rows:
         """Weights (v - v_b mu) / sigma~."""
         assert rows.bias is not None
-        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.inverse / self.q)
+        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.reciprocal / self.q)
         return Rows(weight, rows.bias / self.q)
+
+    def inverse(self, rows: Rows) -> Rows:
+        """Weights q sigma~ w, bias q (b + w mu): those of the normalized input. An input that rests has none."""
+        assert rows.bias is not None
+        weight = torch.where(self.reciprocal > 0, rows.weight * (self.q / self.reciprocal), 0.0)
+        return Rows(weight, self.q * (rows.bias + self._inner(rows.weight, self.mean)))
 
     def apply(self, rows: Rows) -> Rows:
         """The update as the class docstring of BNP gives it."""
         assert rows.bias is not None
-        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.inverse / self.q).square()
+        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.reciprocal / self.q).square()
         return Rows(weight, rows.bias / self.q**2 - self._inner(weight, self.mean))
 
     def apply_(self, rows: Rows) -> None:
@@ -200,7 +211,7 @@ class WithBias(_Whitening):
         assert bias is not None
         if weight.dtype is not self.mean.dtype:
             return super().apply_(rows)
-        weight.addcmul_(self._row(bias), self.mean, value=-1).mul_((self.inverse / self.q).square_())
+        weight.addcmul_(self._row(bias), self.mean, value=-1).mul_((self.reciprocal / self.q).square_())
         bias.div_(self.q**2).sub_(self._inner(weight, self.mean))
 
 
@@ -209,16 +220,26 @@ class WithoutBias(_Whitening):
 
     def _deflate(self, weight: Tensor) -> Tensor:
         """(I - c v v^T) w with c = (1 - 1/sqrt(1 + |v|^2)) / |v|^2, written without 0/0 at v = 0."""
-        v = self.mean * self.inverse
-        tied = self.layer.fan_in // (v[0].numel() or 1)  # taps that share a number
-        root = (1 + tied * v.square().flatten(1).sum(1)).sqrt()  # (groups,)
+        v, root = self._direction()
         c = 1 / (root * (1 + root))
         return weight - self._row(c[:, None] * self._inner(weight, v)) * v
 
+    def _direction(self) -> tuple[Tensor, Tensor]:
+        """V and sqrt(1 + |v|^2), (groups,)."""
+        v = self.mean * self.reciprocal
+        tied = self.layer.fan_in // (v[0].numel() or 1)  # taps that share a number
+        return v, (1 + tied * v.square().flatten(1).sum(1)).sqrt()
+
+    def inverse(self, rows: Rows) -> Rows:
+        """Times the deviations, then with its part along v stretched back: 1 / (1 - c |v|^2) = sqrt(1 + |v|^2)."""
+        weight = torch.where(self.reciprocal > 0, rows.weight * (self.q / self.reciprocal), 0.0)
+        v, root = self._direction()
+        return Rows(weight + self._row((1 / (1 + root))[:, None] * self._inner(weight, v)) * v, rows.bias)
+
     def factor(self, rows: Rows) -> Rows:
         """Deflated, then divided by the deviations."""
-        return Rows(self._deflate(rows.weight) * (self.inverse / self.q), rows.bias)
+        return Rows(self._deflate(rows.weight) * (self.reciprocal / self.q), rows.bias)
 
     def factor_transpose(self, rows: Rows) -> Rows:
         """Divided by the deviations, then deflated."""
-        return Rows(self._deflate(rows.weight * (self.inverse / self.q)), rows.bias)
+        return Rows(self._deflate(rows.weight * (self.reciprocal / self.q)), rows.bias)

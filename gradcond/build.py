@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ def build_engine(
     *,
     only: Callable[[str], bool] | None = None,
     process_group: Any = None,
+    check_finite: bool | None = None,
 ) -> Engine:
     """The engine behind `wrap` and `attach`; raises what they document."""
     if not isinstance(optimizer, Optimizer):
@@ -36,7 +38,12 @@ def build_engine(
             "expected an optimizer with differentiable=False: gradients are conditioned in place, which a "
             "differentiable step cannot see"
         )
-    return Engine(model, chain, only=only, ranks=Ranks(process_group))
+    if any(c.uses_rate for c in chain) and not all("lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"expected parameter groups with a learning rate 'lr', which {_names(c for c in chain if c.uses_rate)} "
+            f"goes by, got a {type(optimizer).__name__} without; leave it out"
+        )
+    return Engine(model, chain, only=only, ranks=Ranks(process_group), check_finite=check_finite)
 
 
 def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:
@@ -48,7 +55,23 @@ def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:
                 f"unknown conditioner: expected instances of {sorted(Conditioner.registry)}, such as BNP(), "
                 f"got {_kind(conditioner)}"
             )
+    rank = [2 * c.comes_last + c.uses_rate for c in chain]
+    if any(a > b for a, b in itertools.pairwise(rank)) or sum(map(bool, rank)) > len(set(rank) - {0}):
+        raise ValueError(
+            "expected at most one RateDamping, behind the other conditioners, and at most one NormClipping, behind "
+            f"that, got {_names(chain)}; change the order"
+        )
+    users = [c for c in chain if c.uses_inputs]
+    if len({(c.taps, c.ghost) for c in users}) > 1:
+        raise ValueError(
+            f"expected the same taps and ghost in all of {_names(users)}, since inputs are looked at once, got "
+            f"{[(c.taps, c.ghost) for c in users]}"
+        )
     return chain
+
+
+def _names(conditioners: Iterable[Conditioner]) -> str:
+    return ", ".join(c.name for c in conditioners)
 
 
 def _check_parameters(optimizer: Optimizer, model: nn.Module) -> None:

@@ -95,6 +95,10 @@ class Centering(SymmetricMap):
         """C C w = C w."""
         return self.factor(rows)
 
+    def inverse(self, rows: Rows) -> Rows:
+        """C^+ w = C w."""
+        return self.factor(rows)
+
 
 @dataclass
 class WeightCentralization(Conditioner):

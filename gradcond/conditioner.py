@@ -9,6 +9,7 @@ device and strides, and is the identity as long as there are no statistics.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from torch import Tensor
 from gradcond.layers import Layer, Rows
 from gradcond.statistics import Moments
 
-__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap", "map_"]
+__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap", "compose", "joined", "map_"]
 
 
 class RowMap(ABC):
@@ -36,6 +37,17 @@ class RowMap(ABC):
     def apply(self, rows: Rows) -> Rows:
         """M g = P P^T g; methods with a shorter closed form override it."""
         return self.factor(self.factor_transpose(rows))
+
+    def inverse(self, rows: Rows) -> Rows:
+        """P^+ theta, the shortest z of theta = P z, or of what of theta lies in the range of P."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what its coordinates z of given parameters are; define inverse()"
+        )
+
+    @property
+    def scale(self) -> float:
+        """Q of P = (1/q) ...: the size of z where the layer's outputs are of size one."""
+        return 1.0
 
     def apply_(self, rows: Rows) -> None:
         """G <- M g in place; methods that need no copy of g override it."""
@@ -71,6 +83,17 @@ class Chain(RowMap):
             rows = row_map.factor_transpose(rows)
         return rows
 
+    def inverse(self, rows: Rows) -> Rows:
+        """... P_B^+ P_A^+ theta."""
+        for row_map in self.maps:
+            rows = row_map.inverse(rows)
+        return rows
+
+    @property
+    def scale(self) -> float:
+        """The product of the members'."""
+        return math.prod(row_map.scale for row_map in self.maps)
+
     def apply(self, rows: Rows) -> Rows:
         """P_A M_B P_A^T g: the innermost map in its closed form, the others around it."""
         *outer, inner = self.maps
@@ -105,6 +128,8 @@ class Conditioner(ABC):
     uses_inputs: ClassVar[bool] = False  # does it need the moments of the layers' inputs?
     is_projection: ClassVar[bool] = False  # M M = M
     acts_on_bias: ClassVar[bool] = False
+    uses_rate: ClassVar[bool] = False  # does P depend on the step's gradient and learning rate? Then update_rate
+    comes_last: ClassVar[bool] = False  # does it act on all gradients together, once they are conditioned?
     taps: bool = False  # does it need the moments of every tap?
     ghost: int | None = None  # from how many rows of each call? None: all
     row_wise = True  # does M act on each row by itself? Then ranks that hold whole rows need not meet
@@ -133,6 +158,15 @@ class Conditioner(ABC):
     def update(self, state: dict[str, Any], moments: Moments) -> None:
         """Folds one step's input moments into a layer's state; called in every step that is due."""
 
+    def update_rate(
+        self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor
+    ) -> None:
+        """Takes in one step's gradient, given the P of the conditioners before; called when `uses_rate`."""
+
+    def clip_factor(self, state: dict[str, Any], norm: Tensor, *, fold: bool) -> Tensor:
+        """The factor of all gradients, given sqrt(<g, M g>); called when `comes_last`."""
+        return torch.ones_like(norm)
+
     def wait(self, state: dict[str, Any]) -> None:
         """A step that was not due has passed."""
 
@@ -158,6 +192,15 @@ class Conditioner(ABC):
         return ""
 
 
+def joined(layer: Layer, weights: Sequence[Tensor], biases: Sequence[Tensor], share: float = 1.0) -> Rows:
+    """Rows of tensors shaped like a layer's parameters: several biases as their sum divided by `share`."""
+    bias = None
+    if biases:
+        first, *others = (layer.part(b, -1) for b in biases)
+        bias = sum(others, first) / share if others else first
+    return layer.rows(layer.join(weights), bias)
+
+
 @torch.no_grad()
 def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     """Replaces tensors shaped like a layer's parameters by P z, P^T v or M g of them, in place.
@@ -173,11 +216,8 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
         biases: one per bias parameter that is trained, or none.
     """
     k = len(biases)
-    own = [layer.part(b, -1) for b in biases]
-    bias = own[0] if own else None
-    if k > 1:
-        bias = sum(own[1:], own[0]) / (k**0.5 if method == "factor" else k)
-    rows = layer.rows(layer.join(weights), bias)
+    share = 1.0 if k < 2 else k**0.5 if method == "factor" else k
+    rows = joined(layer, weights, biases, share)
     if method == "apply" and k < 2 and len(weights) == 1:
         return row_map.apply_(rows)
     mapped: Rows = getattr(row_map, method)(rows)
@@ -189,8 +229,8 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
             layer.part(weight, -2).copy_(part)
     if mapped.bias is not None and mapped.bias is not rows.bias:  # the same one: nobody has touched it
         shared = mapped.bias if k == 1 else mapped.bias / (k**0.5 if method == "factor_transpose" else k)
-        for b in own:
-            b.copy_(shared.flatten(-2))
+        for b in biases:
+            layer.part(b, -1).copy_(shared.flatten(-2))
 
 
 def compose(maps: Sequence[RowMap | None]) -> RowMap | None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gradcond.assignment import Assignment, held_parameters, trained
 from gradcond.capture import BatchNormProbe, InputCapture
-from gradcond.conditioner import Conditioner, RowMap, compose, map_
+from gradcond.clipping import Lengths
+from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
 from gradcond.distributed import Ranks, reshard
 from gradcond.inputs import Observer
 from gradcond.layers import Layer, find_layers, has_lazy
@@ -23,7 +24,16 @@ from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
 
-_KEPT = "model", "ranks", "chain", "only", "states", "network", "warned"  # by copies; the rest is found again
+_KEPT = (
+    "model",
+    "ranks",
+    "chain",
+    "only",
+    "check_finite",
+    "states",
+    "network",
+    "warned",
+)  # by copies; the rest is found again
 State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
 
 
@@ -35,6 +45,8 @@ class Engine:
         chain: conditioners, outermost first.
         only: takes a layer's name and says whether it is conditioned.
         ranks: the processes whose rows make the gradient; by default all.
+        check_finite: are gradients and inputs looked at before they are used? None: on the CPU, where it does not
+            make the host wait.
     """
 
     def __init__(
@@ -44,10 +56,12 @@ class Engine:
         *,
         only: Callable[[str], bool] | None = None,
         ranks: Ranks | None = None,
+        check_finite: bool | None = None,
     ) -> None:
         self.model = model
         self.ranks = Ranks() if ranks is None else ranks
         self.only = only
+        self.check_finite = check_finite
         self.chain = list(chain)
         self.states: list[State] = [{} for _ in chain]
         self.network: list[dict[str, Any]] = [{} for _ in chain]  # what a conditioner keeps of all layers together
@@ -111,13 +125,14 @@ class Engine:
 
     # a compiled step runs these as they are: traced, every new norm and step count would compile them again
     @torch.compiler.disable
-    def begin(self, groups: Iterable[Mapping[str, Any]]) -> None:
+    def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """A new step, over these parameter groups: its first gradients decide its P."""
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
             self.detach()
             self._attach()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self._ask_refusals()
+        self.groups = groups
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
         self.idle = True
@@ -133,20 +148,42 @@ class Engine:
             return
         ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
         moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
-        if self.idle or not ready:
+        if self.idle or not (ready or self.chain[-1].comes_last):
             return
-        for assignment in ready:
-            name = assignment.layer.name
-            if name not in self.frozen:  # a closure's later evaluations keep the step's P
-                self.frozen[name] = self._next_map(assignment, moments.get(name))
-            row_map = self.frozen[name]
-            if row_map is not None:
-                _map_(
-                    "apply", row_map, assignment, [p.grad for p in assignment.parameters], self._whole(assignment)
-                )
+        with torch.no_grad():
+            first = not self.frozen
+            lengths = Lengths() if self.chain[-1].comes_last else None
+            for assignment in ready:
+                name = assignment.layer.name
+                if name not in self.frozen:  # a closure's later evaluations keep the step's P
+                    self.frozen[name] = self._next_map(assignment, moments.get(name))
+                grads = [p.grad for p in assignment.parameters]
+                before = [local(grad).clone() for grad in grads] if lengths is not None else []
+                row_map = self.frozen[name]
+                if row_map is not None:
+                    self._map_("apply", row_map, assignment, grads)
+                if lengths is not None:
+                    lengths.add(before, grads)
+            if lengths is not None:
+                lengths.clip_(self.chain[-1], self.network[-1], self.groups, fold=first)
         for assignment in ready:  # several layers may share a gradient
             grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
             self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
+
+    def give_factor(self, optimizer: Any) -> None:
+        """Lets an optimizer that draws noise (SGLD) draw it through P."""
+        if hasattr(optimizer, "factor_") and self.chain:
+            optimizer.factor_ = self.factor_
+
+    @torch.no_grad()
+    def factor_(self, noises: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Replaces the z of every (parameter, z) by P z, with the step's P, in place."""
+        z = {id(parameter): noise for parameter, noise in noises}
+        for assignment in self.assigned:
+            row_map = self.frozen.get(assignment.layer.name)
+            if row_map is not None:
+                own = assignment.with_gradients()
+                self._map_("factor", row_map, own, [z[id(p)] for p in own.parameters])
 
     def conditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure whose gradients are conditioned after each evaluation."""
@@ -170,9 +207,11 @@ class Engine:
         """After the optimizer's step: weights go back to where their conditioners keep them."""
         if self.idle:
             return
-        for assignment in self.assigned:
-            for i in assignment.members:
-                if assignment.layer.name in self.states[i]:
+        for i, conditioner in enumerate(self.chain):
+            if type(conditioner).retract_ is Conditioner.retract_:
+                continue
+            for assignment in self.assigned:
+                if i in assignment.members and assignment.layer.name in self.states[i]:
                     self._retract_(assignment, i)
         self.loaded = False
         if self.frozen:
@@ -247,28 +286,32 @@ class Engine:
 
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
-        grads = [p.grad for a in self.assigned for p in a.parameters if p.grad is not None]
-        grads = [local(grad) for grad in grads if not grad.is_sparse]
+        grads = [local(p.grad) for a in self.assigned for p in a.parameters if p.grad is not None]
+        grads = [grad for grad in grads if not grad.is_sparse and grad.numel() > 0]
         variances = [m.variance for m in moments.values() if m is not None]
-        tensors = [t for t in grads + variances if t.numel() > 0]
-        norm = float(torch.nn.utils.get_total_norm(tensors, norm_type=math.inf))
-        bad, busy = not math.isfinite(norm), norm != 0 or bool(variances)
+        bad, busy = False, bool(variances)
+        if self.check_finite is None or self.check_finite:
+            total = _total(grads + variances, self.check_finite)
+            # a sum may overflow, or be zero, where no number is: then each is looked at
+            bad = not math.isfinite(total) and bool(self._not_finite(moments))
+            busy = busy or total != 0 or any(bool(grad.any()) for grad in grads)
+        else:
+            busy = busy or bool(grads)
         merged, (bad, busy) = self.ranks.merge(self.captures, moments, bad, busy, device=self._device)
         if bad:
+            where = ", ".join(self._not_finite(moments)[:5]) or "those of another rank"
             raise ValueError(
-                f"expected finite gradients, got nan or inf in {self._not_finite(moments)}; parameters and "
-                "statistics are as before this step. Lower the learning rate, look at the loss and the data, or "
-                "skip the step"
+                f"expected finite gradients, got nan or inf in {where}; parameters and statistics are as before "
+                "this step. Lower the learning rate, look at the loss and the data, or skip the step"
             )
         self.idle = self.idle and not busy
         return merged
 
-    def _not_finite(self, moments: Mapping[str, Moments | None]) -> str:
+    def _not_finite(self, moments: Mapping[str, Moments | None]) -> list[str]:
         held = {id(p) for a in self.assigned for p in a.parameters if p.grad is not None}
         tensors = {f"the gradient of {n}": local(p.grad) for n, p in self.model.named_parameters() if id(p) in held}
         tensors |= {f"the input of {name}": m.variance for name, m in moments.items() if m is not None}
-        where = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-        return ", ".join(where[:5]) or "those of another rank"
+        return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
 
     @property
     def _device(self) -> torch.device:
@@ -286,7 +329,9 @@ class Engine:
 
     def _next_map(self, assignment: Assignment, moments: Moments | None) -> RowMap | None:
         """Folds one step's moments into the states of a layer and returns the step's P."""
-        layer, maps, whole = assignment.layer, [], self._whole(assignment)
+        layer, whole = assignment.layer, self._whole(assignment)
+        maps: list[RowMap | None] = []
+        n = len(assignment.weights)
         for i in assignment.members:
             conditioner, states = self.chain[i], self.states[i]
             due = conditioner.uses_inputs and self.captures[layer.name].active
@@ -307,9 +352,32 @@ class Engine:
                 state["feeds_batch_norm"] = capture.feeds_batch_norm or state.get("feeds_batch_norm", False)
                 conditioner.update(state, moments)
             view = shown(layer, whole=whole)
-            if view.units > 0:
-                maps.append(conditioner.row_map(view, state if whole else local_state(layer, state)))
+            if view.units == 0:
+                continue
+            if conditioner.uses_rate:
+                grads: list[Any] = [p.grad for p in assignment.parameters]
+                with opened(grads, whole=whole) as plain:
+                    gradient = joined(view, plain[:n], plain[n:], share=max(len(plain) - n, 1))
+                with opened(assignment.parameters, whole=whole) as plain:
+                    theta = joined(view, plain[:n], plain[n:])
+                conditioner.update_rate(state, compose(maps), theta, gradient, self._rate(assignment))
+            maps.append(conditioner.row_map(view, state if whole else local_state(layer, state)))
         return compose(maps)
+
+    def _rate(self, assignment: Assignment) -> Any:
+        """The size of the optimizer's step for a gradient of one that stays."""
+        group = next(g for g in self.groups if any(p is assignment.weights[0] for p in g["params"]))
+        return group["lr"] / (1 - group.get("momentum", 0.0))
+
+    def _map_(self, method: str, row_map: RowMap, assignment: Assignment, tensors: Sequence[Any]) -> None:
+        """Replaces tensors like an assignment's parameters by P z or M g of them."""
+        n, whole = len(assignment.weights), self._whole(assignment)
+        if whole:
+            with opened(tensors, whole=True) as plain:
+                map_(method, assignment.layer, row_map, plain[:n], plain[n:])
+        else:
+            parts = [local(t) for t in tensors]
+            map_(method, assignment.layer, row_map, parts[:n], parts[n:])
 
     def _warn_missing(self, assignment: Assignment) -> None:
         layer = assignment.layer
@@ -322,11 +390,14 @@ class Engine:
             )
 
 
-def _map_(method: str, row_map: RowMap, assignment: Assignment, tensors: Sequence[Any], whole: bool) -> None:
-    """Replaces tensors like an assignment's parameters by P z or M g of them."""
-    n = len(assignment.weights)
-    with opened(tensors, whole=whole) as plain:
-        map_(method, assignment.layer, row_map, plain[:n], plain[n:])
+def _total(tensors: Sequence[Tensor], always: bool | None) -> float:
+    """A number that is finite when the tensors are; 1 where nobody wants to wait for another device to say."""
+    if always is None and any(not t.is_cpu for t in tensors):
+        return 1.0
+    sums = [t.sum() for t in tensors]
+    if len({t.device for t in tensors}) > 1:
+        return math.fsum(float(s) for s in sums)
+    return float(torch.stack(sums).sum()) if sums else 0.0
 
 
 def _copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:

@@ -79,6 +79,11 @@ class Damping(SymmetricMap):
         """M^1/2 w."""
         return self._minus(rows, 1 - (1 - self.m) ** 0.5, self.gain**0.5)
 
+    def inverse(self, rows: Rows) -> Rows:
+        """M^-1/2 w; without what a full rejection leaves nothing of."""
+        fraction = 1 - (1 - self.m) ** -0.5 if self.m < 1 else 1.0
+        return self._minus(rows, fraction, self.gain**-0.5)
+
     def apply(self, rows: Rows) -> Rows:
         """M w."""
         return self._minus(rows, self.m, self.gain)

@@ -59,6 +59,7 @@ class ConditionedOptimizer(Optimizer):
         # not super().__init__, which would build parameter groups and hooks of its own
         self.optimizer = optimizer
         self._engine = engine
+        engine.give_factor(optimizer)
 
     @property
     def conditioners(self) -> list[Conditioner]:
@@ -153,6 +154,7 @@ class ConditionedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._engine.give_factor(self.optimizer)
 
 
 def wrap(
@@ -162,6 +164,7 @@ def wrap(
     *,
     only: Callable[[str], bool] | None = None,
     process_group: Any = None,
+    check_finite: bool | None = None,
 ) -> ConditionedOptimizer:
     """Returns the optimizer with the gradients of the model's layers conditioned before each step.
 
@@ -177,6 +180,8 @@ def wrap(
             parameter group with `gradcond=False` is left alone, too.
         process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
             initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
+        check_finite: look whether gradients and inputs are finite before anything is changed? None, on the CPU,
+            where it makes nobody wait; elsewhere what is not finite goes through, as it does without conditioning.
 
     Raises:
         TypeError: for something that is not an optimizer, a module or a list of conditioners.
@@ -198,5 +203,7 @@ def wrap(
     """
     if isinstance(optimizer, ConditionedOptimizer):
         raise TypeError("expected a bare optimizer, got a wrapped one; put all conditioners in one list")
-    engine = build_engine(optimizer, model, conditioners, only=only, process_group=process_group)
+    engine = build_engine(
+        optimizer, model, conditioners, only=only, process_group=process_group, check_finite=check_finite
+    )
     return ConditionedOptimizer(optimizer, engine)

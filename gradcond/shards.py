@@ -104,6 +104,18 @@ def opened(tensors: Sequence[Tensor], *, whole: bool) -> Iterator[list[Tensor]]:
         _put(changed, tensor)
 
 
+def whole_sum(part: Tensor, where: tuple[Any, Any] | None) -> Tensor:
+    """A sum over a sharded tensor from those over its parts, given its mesh and placements (None: it is plain)."""
+    if where is None:
+        return part
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, placements = where
+    kinds = [Replicate() if p.is_replicate() else Partial() for p in placements]
+    whole: Tensor = DTensor.from_local(part, mesh, kinds, run_check=False).full_tensor()
+    return whole
+
+
 def local_state(layer: Layer, state: dict[str, Any]) -> dict[str, Any]:
     """A layer's state as this rank's rows see it.
 

@@ -117,6 +117,10 @@ class Tangent(SymmetricMap):
         """Projected, then divided by s."""
         return Rows(self._project(rows.weight) / self.deviation, rows.bias)
 
+    def inverse(self, rows: Rows) -> Rows:
+        """Projected, then times s."""
+        return Rows(self._project(rows.weight) * self.deviation, rows.bias)
+
     def apply(self, rows: Rows) -> Rows:
         """Projected, then divided by s^2."""
         return Rows(self._project(rows.weight) / self.deviation.square(), rows.bias)

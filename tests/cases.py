@@ -14,6 +14,8 @@ from gradcond import (
     Conditioner,
     GradientCentralization,
     MeanShiftRejection,
+    NormClipping,
+    RateDamping,
     WeightCentralization,
     WeightStandardization,
 )
@@ -44,6 +46,10 @@ CHAINS = {
     "bnp+gc": Case(lambda: [BNP(), GradientCentralization()]),
     "gc+bnp": Case(lambda: [GradientCentralization(), BNP()]),
     "bnp+msr+gc": Case(lambda: [BNP(), MeanShiftRejection(), GradientCentralization(side="both")]),
+    "damping": Case(lambda: [RateDamping(strength=50.0, delay=3.0)]),
+    "bnp+damping": Case(lambda: [BNP(), RateDamping()]),
+    "msr+clipping": Case(lambda: [MeanShiftRejection(), NormClipping()]),
+    "bnp+msr+damping+clipping": Case(lambda: [BNP(), MeanShiftRejection(), RateDamping(), NormClipping()]),
     "none": Case(lambda: [], is_projection=True),
 }
 

@@ -1,0 +1,128 @@
+"""Rate damping: the part of batch normalization that tunes the learning rate by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gradcond.conditioner import Conditioner, RowMap, SymmetricMap
+from gradcond.layers import Layer, Rows
+
+__all__ = ["RateDamping"]
+
+
+@dataclass
+class RateDamping(Conditioner):
+    r"""Make the steps of each output unit smaller, the further it has been moved.
+
+    Behind batch normalization a unit's weights w count only by their direction, so that the gradient is
+    orthogonal to them, every step makes them longer, and a step of the direction shrinks like lr / |w|^2: the
+    rate falls by itself until the steps are harmless. A conditioner of gradients leaves the length alone; this
+    is the missing part. In the coordinates of the chain before it, theta = P z, with z_u the row of unit u, its
+    bias included, the t-th step would move the unit, relatively, by
+
+        rho_u = lr / (1 - momentum) |P^T g|_u / max(|z_u|, floor^1/2 q),    S_u <- S_u + rho_u^2,
+
+    and its gradient is multiplied by D_u = (1 + strength (1 + delay / t) S_u)^-1/2. So M becomes P D P^T, which
+    has a factor as before, and is `preconditioner()`'s. In the limit of large rates the steps no longer depend
+    on the rate; `delay` holds back the first ones. It comes last in a chain, before NormClipping.
+
+    lr and momentum are those of the weight's parameter group; where a group has no "lr" it raises. Optimizers
+    that rescale the gradient by themselves, as Adam does, take the damping out again.
+
+    Args:
+        strength: of the damping; 0 leaves M as it is.
+        delay: in steps.
+        floor: least |z_u|^2, in units of the chain's q^2: a unit that starts at zero can move.
+
+    Raises:
+        ValueError: for a negative setting.
+
+    References:
+        The effect: Arora, Li, Lyu, "Theoretical Analysis of Auto Rate-Tuning by Batch Normalization", ICLR 2019,
+        https://arxiv.org/abs/1812.03981. The form in conditioned coordinates and its constants are our own; the
+        constants were found on MNIST and CIFAR-10, see analysis/RESULTS.md.
+
+    Example:
+        >>> layer = Layer("fc", torch.nn.Linear(1, 1, bias=False))
+        >>> theta, gradient = Rows(torch.tensor([[[2.0]]]), None), Rows(torch.tensor([[[2.0]]]), None)
+        >>> damping, state = RateDamping(strength=3, delay=0), {}
+        >>> damping.update_rate(state, None, theta, gradient, rate=1.0)  # rho = 1
+        >>> damping.row_map(layer, state).apply(gradient).weight
+        tensor([[[1.0000]]])
+    """
+
+    strength: float = 5.0
+    delay: float = 80.0
+    floor: float = 1e-2
+
+    acts_on_bias: ClassVar[bool] = True
+    uses_rate: ClassVar[bool] = True
+    row_wise = False  # its state is of all rows
+
+    def __post_init__(self) -> None:
+        if not (self.strength >= 0 and self.delay >= 0 and self.floor >= 0):
+            raise ValueError(
+                f"RateDamping: strength, delay and floor must not be negative, got {self.strength}, {self.delay} "
+                f"and {self.floor}"
+            )
+
+    def update_rate(
+        self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor
+    ) -> None:
+        """Adds one step's relative motion of the units, and sets their factors."""
+        z, slope = theta, gradient
+        if chain is not None:
+            z, slope = chain.inverse(theta), chain.factor_transpose(gradient)
+        least = self.floor * (1.0 if chain is None else chain.scale**2)
+        relative = rate**2 * _squares(slope) / _squares(z).clamp_min(max(least, torch.finfo(z.weight.dtype).tiny))
+        state["steps"] = t = state.get("steps", 0) + 1
+        state["sum"] = total = state.get("sum", 0.0) + relative
+        state["factor"] = (1 + self.strength * (1 + self.delay / t) * total).rsqrt()
+
+    def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
+        """D^1/2 of the last step; the identity before the first one."""
+        return RowScaling(state["factor"].sqrt(), layer.taps) if "factor" in state else None
+
+    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """A sum and a factor per output unit."""
+        return {"sum": (layer.groups, layer.units), "factor": (layer.groups, layer.units)}
+
+    def describe(self, layer: Layer, state: dict[str, Any]) -> str:
+        """The range of the factors."""
+        if "factor" not in state:
+            return "no step yet: identity"
+        return f"factors {state['factor'].min():.2g} to {state['factor'].max():.2g}"
+
+
+@dataclass(frozen=True)
+class RowScaling(SymmetricMap):
+    """P = diag(s), one number per row."""
+
+    s: Tensor  # (groups, out)
+    taps: int
+
+    def _times(self, rows: Rows, s: Tensor) -> Rows:
+        weight = rows.weight * s[(...,) + (None,) * (1 + self.taps)]
+        return Rows(weight, None if rows.bias is None else rows.bias * s)
+
+    def factor(self, rows: Rows) -> Rows:
+        """S z."""
+        return self._times(rows, self.s)
+
+    def apply(self, rows: Rows) -> Rows:
+        """s^2 g."""
+        return self._times(rows, self.s.square())
+
+    def inverse(self, rows: Rows) -> Rows:
+        """Theta / s."""
+        return self._times(rows, 1 / self.s)
+
+
+def _squares(rows: Rows) -> Tensor:
+    """Squared length of each row: (groups, out)."""
+    squares = rows.weight.square().flatten(2).sum(2)
+    return squares if rows.bias is None else squares + rows.bias.square()
