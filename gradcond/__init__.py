@@ -11,6 +11,7 @@ from gradcond.centralization import GradientCentralization, WeightCentralization
 from gradcond.clipping import NormClipping
 from gradcond.conditioner import Conditioner
 from gradcond.damping import RateDamping
+from gradcond.initialization import unit_variance_init_
 from gradcond.layers import Layer, register_layer
 from gradcond.mean_shift import MeanShiftRejection, zero_mean_init_
 from gradcond.optimizer import ConditionedOptimizer, wrap
@@ -38,6 +39,7 @@ __all__ = [
     "attach",
     "load_preconditioner",
     "register_layer",
+    "unit_variance_init_",
     "wrap",
     "zero_mean_init_",
 ]
