@@ -18,10 +18,12 @@ from gradcond.optimizer import ConditionedOptimizer, wrap
 from gradcond.preconditioner import Preconditioner, load_preconditioner
 from gradcond.report import Report
 from gradcond.schedule import ConditionerScheduler
+from gradcond.sgld import SGLD
 from gradcond.standardization import WeightStandardization
 
 __all__ = [
     "BNP",
+    "SGLD",
     "Attachment",
     "ConditionedOptimizer",
     "Conditioner",
