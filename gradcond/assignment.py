@@ -21,10 +21,15 @@ class Assignment:
     weights: tuple[nn.Parameter, ...]
     biases: tuple[nn.Parameter, ...]  # those that are trained, too
     members: tuple[int, ...]
+    sharded: bool  # is a parameter a DTensor?
+    whole: bool  # must it be gathered, because its rows are spread over ranks or a conditioner sees across them?
 
     def with_gradients(self) -> Assignment:
         """This assignment, without the biases that no gradient reached."""
-        if all(bias.grad is not None for bias in self.biases):
+        for bias in self.biases:
+            if bias.grad is None:
+                break
+        else:
             return self
         return replace(self, biases=tuple(bias for bias in self.biases if bias.grad is not None))
 

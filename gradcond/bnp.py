@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from gradcond.conditioner import Conditioner, RowMap
 from gradcond.layers import Layer, Rows
-from gradcond.statistics import Moments, fold
+from gradcond.statistics import Bank, Moments, fold, weight_of
 
 __all__ = ["BNP"]
 
@@ -101,7 +102,25 @@ class BNP(Conditioner):
     def update(self, state: dict[str, Any], moments: Moments) -> None:
         """Folds the moments of one step's rows."""
         fold(state, moments, self.decay, self.start)
-        state["age"] = 1
+        state["age"], state["_metric"] = 1, None
+
+    def update_all(
+        self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], scratch: dict[str, Any]
+    ) -> None:
+        """The same for all layers, side by side once they are in step."""
+        kinds = {
+            (m.mean.dtype, m.mean.device, state.get("steps")) for m, state in zip(moments, states, strict=True)
+        }
+        if len(states) == 1 or len(kinds) > 1 or "mean" not in states[0]:
+            return super().update_all(states, moments, scratch)
+        bank = scratch.get("bank")
+        if bank is None or not bank.holds(states):
+            scratch["bank"] = bank = Bank(states)
+        bank.fold(states, moments, weight_of(states[0]["steps"] + 1, self.decay, self.start))
+        metrics = bank.damped(self.eps_rel, self.eps) if self.standardize and self.eps > 0 else ()
+        for j, state in enumerate(states):
+            state["age"] = 1
+            state["_metric"] = (self.eps_rel, self.eps, metrics[j]) if metrics else None
 
     def wait(self, state: dict[str, Any]) -> None:
         """The moments grow older."""
@@ -117,15 +136,17 @@ class BNP(Conditioner):
         has_bias = state.get("has_bias", True)
         if not self.center or (state.get("feeds_batch_norm") and not has_bias):
             mean = torch.zeros_like(mean)
-        if self.standardize:
-            damped = torch.add(variance, variance.max(), alpha=self.eps_rel).add_(self.eps)
-            reciprocal = damped.rsqrt()
+        eps_rel, eps, metric = state.get("_metric") or (None, None, mean)
+        if not self.standardize:
+            metric = torch.ones_like(mean)
+        elif (eps_rel, eps) != (self.eps_rel, self.eps):
+            metric = torch.add(variance, variance.amax(), alpha=self.eps_rel).add_(self.eps).reciprocal_()
             if self.eps == 0:  # a constant input's weights rest
-                reciprocal = torch.where(damped > 0, reciprocal, 0.0)
-        else:
-            reciprocal = torch.ones_like(mean)
+                metric.masked_fill_(metric.isinf(), 0.0)
+        if q > 1:
+            metric = metric / (q * q)
         form = WithBias if has_bias else WithoutBias
-        return form(mean=layer.columns(mean), reciprocal=layer.columns(reciprocal), q=q, layer=layer)
+        return form(layer.columns(mean), layer.columns(metric), q, layer)
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """One mean and one variance per input, or per input and tap."""
@@ -155,12 +176,12 @@ class BNP(Conditioner):
         return float((state["shift"].square() / damped).mean().sqrt())
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Whitening(RowMap):
     """What both forms hold; P, M and their tensors are of the statistics' dtype."""
 
     mean: Tensor  # (groups, 1, in, 1...), with taps=True (groups, 1, in, *taps)
-    reciprocal: Tensor  # likewise, 1 / sigma~
+    metric: Tensor  # likewise, 1 / (q sigma~)^2; zero where a weight rests
     q: float
     layer: Layer
 
@@ -171,11 +192,33 @@ class _Whitening(RowMap):
 
     def _inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Sums a b over each row: (..., groups, out)."""
-        return (a * b).flatten(-1 - self.layer.taps).sum(-1)
+        taps = self.layer.taps
+        if a.dim() == 3 + taps and len(a) == 1 and a.dtype is b.dtype:  # one product of a matrix and a vector
+            return torch.mv(a[0].flatten(1), b.expand(1, 1, *a.shape[2:]).flatten())[None]
+        return (a * b).flatten(-1 - taps).sum(-1)
+
+    def _matrix(self, weight: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The weights as one matrix (out, fan_in), mean and metric of its columns: 5 times as fast as by axes."""
+        layer, mean, metric = self.layer, self.mean, self.metric
+        if len(weight) > 1 or layer.transposed:
+            return None, mean, metric
+        if layer.taps and mean.numel() < layer.fan_in:
+            mean, metric = mean.expand(1, 1, *weight.shape[2:]), metric.expand(1, 1, *weight.shape[2:])
+        if not weight.is_contiguous():
+            weight, mean, metric = (t.movedim(2, -1) for t in (weight, mean, metric))  # channels last
+            if not weight.is_contiguous():
+                return None, self.mean, self.metric
+        return weight.view(-1, layer.fan_in), mean.reshape(-1), metric.reshape(-1)
 
     def _row(self, bias: Tensor) -> Tensor:
         """A number per row, shaped to multiply weights."""
-        return bias[(...,) + (None,) * (1 + self.layer.taps)]
+        for _ in range(1 + self.layer.taps):
+            bias = bias.unsqueeze(-1)
+        return bias
+
+    def _unscaled(self, weight: Tensor) -> Tensor:
+        """Weights times q sigma~; those that rest have no coordinate."""
+        return torch.where(self.metric > 0, weight * self.metric.rsqrt(), 0.0)
 
 
 class WithBias(_Whitening):
@@ -184,25 +227,24 @@ class WithBias(_Whitening):
     def factor(self, rows: Rows) -> Rows:
         """Weights z / sigma~, bias minus what they carry of the mean."""
         assert rows.bias is not None
-        weight = rows.weight * (self.reciprocal / self.q)
+        weight = rows.weight * self.metric.sqrt()
         return Rows(weight, rows.bias / self.q - self._inner(weight, self.mean))
 
     def factor_transpose(self, rows: Rows) -> Rows:
         """Weights (v - v_b mu) / sigma~."""
         assert rows.bias is not None
-        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.reciprocal / self.q)
+        weight = (rows.weight - self._row(rows.bias) * self.mean) * self.metric.sqrt()
         return Rows(weight, rows.bias / self.q)
 
     def inverse(self, rows: Rows) -> Rows:
-        """Weights q sigma~ w, bias q (b + w mu): those of the normalized input. An input that rests has none."""
+        """Weights q sigma~ w, bias q (b + w mu): those of the normalized input."""
         assert rows.bias is not None
-        weight = torch.where(self.reciprocal > 0, rows.weight * (self.q / self.reciprocal), 0.0)
-        return Rows(weight, self.q * (rows.bias + self._inner(rows.weight, self.mean)))
+        return Rows(self._unscaled(rows.weight), self.q * (rows.bias + self._inner(rows.weight, self.mean)))
 
     def apply(self, rows: Rows) -> Rows:
         """The update as the class docstring of BNP gives it."""
         assert rows.bias is not None
-        weight = (rows.weight - self._row(rows.bias) * self.mean) * (self.reciprocal / self.q).square()
+        weight = (rows.weight - self._row(rows.bias) * self.mean) * self.metric
         return Rows(weight, rows.bias / self.q**2 - self._inner(weight, self.mean))
 
     def apply_(self, rows: Rows) -> None:
@@ -211,12 +253,26 @@ class WithBias(_Whitening):
         assert bias is not None
         if weight.dtype is not self.mean.dtype:
             return super().apply_(rows)
-        weight.addcmul_(self._row(bias), self.mean, value=-1).mul_((self.reciprocal / self.q).square_())
-        bias.div_(self.q**2).sub_(self._inner(weight, self.mean))
+        matrix, mean, metric = self._matrix(weight)
+        if matrix is not None:
+            bias = bias.view(-1)
+            matrix.addr_(bias, mean, alpha=-1).mul_(metric)
+            bias.addmv_(matrix, mean, beta=1 / self.q**2, alpha=-1)
+            return
+        weight.addcmul_(self._row(bias), self.mean, value=-1).mul_(self.metric)
+        if self.q > 1:
+            bias.div_(self.q**2)
+        bias.sub_(self._inner(weight, self.mean))
 
 
 class WithoutBias(_Whitening):
     """P = (1/q) S^-1/2 (I - c v v^T), v = S^-1/2 mu, chosen so that P P^T = (S + mu mu^T)^-1 / q^2."""
+
+    def _direction(self) -> tuple[Tensor, Tensor]:
+        """V and sqrt(1 + |v|^2), (groups,)."""
+        v = self.mean * (self.metric.sqrt() * self.q)
+        tied = self.layer.fan_in // (v[0].numel() or 1)  # taps that share a number
+        return v, (1 + tied * v.square().flatten(1).sum(1)).sqrt()
 
     def _deflate(self, weight: Tensor) -> Tensor:
         """(I - c v v^T) w with c = (1 - 1/sqrt(1 + |v|^2)) / |v|^2, written without 0/0 at v = 0."""
@@ -224,22 +280,27 @@ class WithoutBias(_Whitening):
         c = 1 / (root * (1 + root))
         return weight - self._row(c[:, None] * self._inner(weight, v)) * v
 
-    def _direction(self) -> tuple[Tensor, Tensor]:
-        """V and sqrt(1 + |v|^2), (groups,)."""
-        v = self.mean * self.reciprocal
-        tied = self.layer.fan_in // (v[0].numel() or 1)  # taps that share a number
-        return v, (1 + tied * v.square().flatten(1).sum(1)).sqrt()
-
-    def inverse(self, rows: Rows) -> Rows:
-        """Times the deviations, then with its part along v stretched back: 1 / (1 - c |v|^2) = sqrt(1 + |v|^2)."""
-        weight = torch.where(self.reciprocal > 0, rows.weight * (self.q / self.reciprocal), 0.0)
-        v, root = self._direction()
-        return Rows(weight + self._row((1 / (1 + root))[:, None] * self._inner(weight, v)) * v, rows.bias)
-
     def factor(self, rows: Rows) -> Rows:
         """Deflated, then divided by the deviations."""
-        return Rows(self._deflate(rows.weight) * (self.reciprocal / self.q), rows.bias)
+        return Rows(self._deflate(rows.weight) * self.metric.sqrt(), rows.bias)
 
     def factor_transpose(self, rows: Rows) -> Rows:
         """Divided by the deviations, then deflated."""
-        return Rows(self._deflate(rows.weight * (self.reciprocal / self.q)), rows.bias)
+        return Rows(self._deflate(rows.weight * self.metric.sqrt()), rows.bias)
+
+    def inverse(self, rows: Rows) -> Rows:
+        """Times the deviations, then with its part along v stretched back: 1 / (1 - c |v|^2) = sqrt(1 + |v|^2)."""
+        weight = self._unscaled(rows.weight)
+        v, root = self._direction()
+        return Rows(weight + self._row((1 / (1 + root))[:, None] * self._inner(weight, v)) * v, rows.bias)
+
+    def apply_(self, rows: Rows) -> None:
+        """(S + mu mu^T)^-1 g / q^2 in place: divided by the variances, less its part along S^-1 mu."""
+        weight = rows.weight
+        if weight.dtype is not self.mean.dtype:
+            return super().apply_(rows)
+        _v, root = self._direction()
+        u = self.mean * self.metric  # S^-1 mu / q^2
+        weight.mul_(self.metric)
+        inner = self._inner(weight, self.mean)
+        weight.addcmul_(self._row(inner * (self.q / root).square()[:, None]), u, value=-1)

@@ -95,6 +95,11 @@ class Centering(SymmetricMap):
         """C C w = C w."""
         return self.factor(rows)
 
+    def apply_(self, rows: Rows) -> None:
+        """In place, without a copy."""
+        for axes in self.axes:
+            rows.weight.sub_(rows.weight.mean(axes, keepdim=True))
+
     def inverse(self, rows: Rows) -> Rows:
         """C^+ w = C w."""
         return self.factor(rows)

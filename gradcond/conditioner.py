@@ -158,6 +158,13 @@ class Conditioner(ABC):
     def update(self, state: dict[str, Any], moments: Moments) -> None:
         """Folds one step's input moments into a layer's state; called in every step that is due."""
 
+    def update_all(
+        self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], scratch: dict[str, Any]
+    ) -> None:
+        """`update` for all layers of a step; `scratch` is kept between the steps, and never saved."""
+        for state, m in zip(states, moments, strict=True):
+            self.update(state, m)
+
     def update_rate(
         self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor
     ) -> None:
@@ -201,7 +208,6 @@ def joined(layer: Layer, weights: Sequence[Tensor], biases: Sequence[Tensor], sh
     return layer.rows(layer.join(weights), bias)
 
 
-@torch.no_grad()
 def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     """Replaces tensors shaped like a layer's parameters by P z, P^T v or M g of them, in place.
 

@@ -19,7 +19,7 @@ from gradcond.distributed import Ranks, reshard
 from gradcond.inputs import Observer
 from gradcond.layers import Layer, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner, check_states
-from gradcond.shards import local, local_state, moving, opened, rows_are_local, shown
+from gradcond.shards import is_sharded, local, local_state, moving, opened, rows_are_local, shown
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
@@ -77,6 +77,7 @@ class Engine:
         self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
         self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
         self.probe = BatchNormProbe(self.captures.values(), self.model)
+        self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         self.conditioned: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
@@ -87,6 +88,11 @@ class Engine:
             name: [self._refusal(conditioner, name, layer) for conditioner in self.chain]
             for name, layer in self.layers.items()
         }
+        self.members = {
+            name: tuple(i for i, reason in enumerate(reasons) if reason is None)
+            for name, reasons in self.refusals.items()
+        }
+        self.found: tuple[Any, list[Assignment]] = (None, [])
 
     def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
         if self.only is not None and not self.only(name):
@@ -96,8 +102,7 @@ class Engine:
     def _ask_due(self) -> None:
         """Which inputs does the coming step need, and which of their rows?"""
         for name, capture in self.captures.items():
-            states = zip(self.chain, self.states, self.refusals[name], strict=True)
-            capture.active = any(why is None and c.is_due(state.get(name, {})) for c, state, why in states)
+            capture.active = any(self.chain[i].is_due(self.states[i].get(name, {})) for i in self.members[name])
         self.observer.seen.clear()
         if self.observer.ghost is not None:
             steps = [entry.get("steps", 0) for state in self.states for entry in state.values()]
@@ -114,14 +119,30 @@ class Engine:
         """The layers that these parameter groups train and at least one conditioner takes."""
         reshard(self.model)
         held = held_parameters(groups)
-        found = []
-        for name, layer in self.layers.items():
-            members = tuple(i for i, reason in enumerate(self.refusals[name]) if reason is None)
-            weights = tuple(layer.weights)
-            if members and all(trained(weight, held) for weight in weights):
-                biases = tuple(bias for bias in layer.biases if trained(bias, held))
-                found.append(Assignment(layer, weights, biases, members))
+        now = [(p, p.requires_grad, id(p) in held) for layer in self.layers.values() for p in layer.parameters()]
+        before, found = self.found
+        if before is not None and len(before) == len(now):
+            # by identity: what is compared at every step is most of the time the same
+            if all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True)):
+                return found
+        found = [a for name, layer in self.layers.items() if (a := self._assignment(name, layer, held)) is not None]
+        self.found = now, found
         return found
+
+    def _assignment(self, name: str, layer: Layer, held: set[int]) -> Assignment | None:
+        members, weights = self.members[name], tuple(layer.weights)
+        if not (members and all(trained(weight, held) for weight in weights)):
+            return None
+        biases = tuple(bias for bias in layer.biases if trained(bias, held))
+        row_wise = all(self.chain[i].row_wise for i in members)
+        return Assignment(
+            layer,
+            weights,
+            biases,
+            members,
+            sharded=any(is_sharded(p) for p in layer.parameters()),
+            whole=not (rows_are_local(layer) and row_wise),
+        )
 
     # a compiled step runs these as they are: traced, every new norm and step count would compile them again
     @torch.compiler.disable
@@ -135,6 +156,7 @@ class Engine:
         self.groups = groups
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
+        self.unseen: set[str] = set()
         self.idle = True
 
     @torch.compiler.disable
@@ -153,10 +175,12 @@ class Engine:
         with torch.no_grad():
             first = not self.frozen
             lengths = Lengths() if self.chain[-1].comes_last else None
+            new = [a for a in ready if a.layer.name not in self.frozen]
+            self._update(new, moments)
             for assignment in ready:
                 name = assignment.layer.name
                 if name not in self.frozen:  # a closure's later evaluations keep the step's P
-                    self.frozen[name] = self._next_map(assignment, moments.get(name))
+                    self.frozen[name] = self._next_map(assignment)
                 grads = [p.grad for p in assignment.parameters]
                 before = [local(grad).clone() for grad in grads] if lengths is not None else []
                 row_map = self.frozen[name]
@@ -180,9 +204,11 @@ class Engine:
         """Replaces the z of every (parameter, z) by P z, with the step's P, in place."""
         z = {id(parameter): noise for parameter, noise in noises}
         for assignment in self.assigned:
-            row_map = self.frozen.get(assignment.layer.name)
+            name, own = assignment.layer.name, assignment.with_gradients()
+            if not all(id(weight) in z for weight in own.weights):
+                continue
+            row_map = self.frozen[name] if name in self.frozen else self._next_map(own)
             if row_map is not None:
-                own = assignment.with_gradients()
                 self._map_("factor", row_map, own, [z[id(p)] for p in own.parameters])
 
     def conditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -291,7 +317,7 @@ class Engine:
         variances = [m.variance for m in moments.values() if m is not None]
         bad, busy = False, bool(variances)
         if self.check_finite is None or self.check_finite:
-            total = _total(grads + variances, self.check_finite)
+            total = self._total(grads, moments)
             # a sum may overflow, or be zero, where no number is: then each is looked at
             bad = not math.isfinite(total) and bool(self._not_finite(moments))
             busy = busy or total != 0 or any(bool(grad.any()) for grad in grads)
@@ -307,6 +333,24 @@ class Engine:
         self.idle = self.idle and not busy
         return merged
 
+    def _total(self, grads: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> float:
+        """A number that is finite when gradients and inputs are; 1 where it would have to be waited for."""
+        seen = [m for m in moments.values() if m is not None]
+        tensors = [*grads, *(m.variance for m in seen)]
+        if self.check_finite is None and not all(t.is_cpu for t in tensors):
+            return 1.0
+        if len({t.device for t in tensors}) > 1:
+            return math.fsum(float(t.sum()) for t in tensors)
+        sums = [grad.sum() for grad in grads]
+        if seen:
+            mean, variance = torch.cat([m.mean for m in seen]), torch.cat([m.variance for m in seen])
+            sums.append(variance.sum())
+            # the rounding of n terms, five times over: see channel_moments, which then looks closer
+            rounding = 5 * torch.finfo(mean.dtype).eps * max(m.count for m in seen)
+            safe = torch.addcmul(variance, mean, mean, value=-(rounding**2)).amin() >= 0
+            self.observer.careful = not safe
+        return float(torch.stack(sums).sum()) if sums else 0.0
+
     def _not_finite(self, moments: Mapping[str, Moments | None]) -> list[str]:
         held = {id(p) for a in self.assigned for p in a.parameters if p.grad is not None}
         tensors = {f"the gradient of {n}": local(p.grad) for n, p in self.model.named_parameters() if id(p) in held}
@@ -317,41 +361,53 @@ class Engine:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _whole(self, assignment: Assignment) -> bool:
-        """Must a layer be gathered, because its rows are spread over ranks or a conditioner sees across them?"""
-        return not (rows_are_local(assignment.layer) and all(self.chain[i].row_wise for i in assignment.members))
-
     def _retract_(self, assignment: Assignment, i: int) -> None:
-        layer, state, whole = assignment.layer, self.states[i][assignment.layer.name], self._whole(assignment)
+        layer, state, whole = assignment.layer, self.states[i][assignment.layer.name], assignment.whole
         with moving(layer, whole=whole) as view:
             if view.units > 0:  # this rank may hold no row
                 self.chain[i].retract_(view, state if whole else local_state(layer, state))
 
-    def _next_map(self, assignment: Assignment, moments: Moments | None) -> RowMap | None:
-        """Folds one step's moments into the states of a layer and returns the step's P."""
-        layer, whole = assignment.layer, self._whole(assignment)
+    def _update(self, assignments: Sequence[Assignment], moments: Mapping[str, Moments | None]) -> None:
+        """Folds one step's moments into the states of the layers."""
+        for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
+            due = []
+            for assignment in assignments:
+                name = assignment.layer.name
+                if i not in assignment.members:
+                    continue
+                seen = moments.get(name)
+                is_due = conditioner.uses_inputs and self.captures[name].active
+                is_due = is_due and conditioner.is_due(states.get(name, {}))
+                if is_due and seen is None:
+                    self._warn_missing(assignment)
+                    self.unseen.add(name)
+                    continue
+                if name not in states:
+                    states[name] = {}
+                    with moving(assignment.layer, whole=True) as view:
+                        conditioner.enter_(view, states[name])
+                state = states[name]
+                if not is_due or seen is None:
+                    conditioner.wait(state)
+                    continue
+                state["has_bias"] = bool(assignment.biases)
+                state["feeds_batch_norm"] = self.captures[name].feeds_batch_norm or state.get(
+                    "feeds_batch_norm", False
+                )
+                due.append((state, seen))
+            if due:
+                conditioner.update_all([state for state, _ in due], [m for _, m in due], self.scratch[i])
+
+    def _next_map(self, assignment: Assignment) -> RowMap | None:
+        """The step's P of a layer."""
+        layer, whole = assignment.layer, assignment.whole
         maps: list[RowMap | None] = []
         n = len(assignment.weights)
         for i in assignment.members:
-            conditioner, states = self.chain[i], self.states[i]
-            due = conditioner.uses_inputs and self.captures[layer.name].active
-            due = due and conditioner.is_due(states.get(layer.name, {}))
-            if due and moments is None:
-                self._warn_missing(assignment)
+            conditioner, state = self.chain[i], self.states[i].get(layer.name)
+            if state is None or (conditioner.uses_inputs and layer.name in self.unseen):
                 continue
-            if layer.name not in states:
-                states[layer.name] = {}
-                with moving(layer, whole=True) as view:
-                    conditioner.enter_(view, states[layer.name])
-            state = states[layer.name]
-            if not due:
-                conditioner.wait(state)
-            elif moments is not None:
-                capture = self.captures[layer.name]
-                state["has_bias"] = bool(assignment.biases)
-                state["feeds_batch_norm"] = capture.feeds_batch_norm or state.get("feeds_batch_norm", False)
-                conditioner.update(state, moments)
-            view = shown(layer, whole=whole)
+            view = shown(layer, whole=whole) if assignment.sharded else layer
             if view.units == 0:
                 continue
             if conditioner.uses_rate:
@@ -361,7 +417,9 @@ class Engine:
                 with opened(assignment.parameters, whole=whole) as plain:
                     theta = joined(view, plain[:n], plain[n:])
                 conditioner.update_rate(state, compose(maps), theta, gradient, self._rate(assignment))
-            maps.append(conditioner.row_map(view, state if whole else local_state(layer, state)))
+            if assignment.sharded and not whole:
+                state = local_state(layer, state)
+            maps.append(conditioner.row_map(view, state))
         return compose(maps)
 
     def _rate(self, assignment: Assignment) -> Any:
@@ -371,13 +429,11 @@ class Engine:
 
     def _map_(self, method: str, row_map: RowMap, assignment: Assignment, tensors: Sequence[Any]) -> None:
         """Replaces tensors like an assignment's parameters by P z or M g of them."""
-        n, whole = len(assignment.weights), self._whole(assignment)
-        if whole:
-            with opened(tensors, whole=True) as plain:
-                map_(method, assignment.layer, row_map, plain[:n], plain[n:])
-        else:
-            parts = [local(t) for t in tensors]
-            map_(method, assignment.layer, row_map, parts[:n], parts[n:])
+        n = len(assignment.weights)
+        if not assignment.sharded:
+            return map_(method, assignment.layer, row_map, tensors[:n], tensors[n:])
+        with opened(tensors, whole=assignment.whole) as plain:
+            map_(method, assignment.layer, row_map, plain[:n], plain[n:])
 
     def _warn_missing(self, assignment: Assignment) -> None:
         layer = assignment.layer
@@ -390,19 +446,10 @@ class Engine:
             )
 
 
-def _total(tensors: Sequence[Tensor], always: bool | None) -> float:
-    """A number that is finite when the tensors are; 1 where nobody wants to wait for another device to say."""
-    if always is None and any(not t.is_cpu for t in tensors):
-        return 1.0
-    sums = [t.sum() for t in tensors]
-    if len({t.device for t in tensors}) > 1:
-        return math.fsum(float(s) for s in sums)
-    return float(torch.stack(sums).sum()) if sums else 0.0
-
-
 def _copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A state with tensors of its own."""
-    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+    """A state with tensors of its own; what starts with "_" can be computed again."""
+    kept = {k: v for k, v in state.items() if not k.startswith("_")}
+    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
 
 
 def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:

@@ -123,6 +123,10 @@ class Layer:
         found = module._parameters.get(leaf)
         return getattr(module, leaf, None) if found is None else found
 
+    def parameters(self) -> list[Any]:
+        """All parameters that hold the rows."""
+        return [self.lookup(key) for key in self.places]
+
     @property
     def weights(self) -> list[Any]:
         """The parameters that hold the weight."""

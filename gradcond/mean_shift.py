@@ -79,6 +79,12 @@ class Damping(SymmetricMap):
         """M^1/2 w."""
         return self._minus(rows, 1 - (1 - self.m) ** 0.5, self.gain**0.5)
 
+    def apply_(self, rows: Rows) -> None:
+        """In place, without a copy."""
+        rows.weight.sub_(rows.weight.mean(tuple(range(-self.taps, 0)), keepdim=True), alpha=self.m)
+        if self.gain != 1:
+            rows.weight.mul_(self.gain)
+
     def inverse(self, rows: Rows) -> Rows:
         """M^-1/2 w; without what a full rejection leaves nothing of."""
         fraction = 1 - (1 - self.m) ** -0.5 if self.m < 1 else 1.0

@@ -78,8 +78,9 @@ class Preconditioner:
             start, shape = place
             return result[..., start : start + math.prod(shape)].unflatten(-1, shape)
 
-        for layer, row_map, weights, biases in self.blocks:
-            map_(method, layer, row_map, [view(w) for w in weights], [view(b) for b in biases])
+        with torch.no_grad():
+            for layer, row_map, weights, biases in self.blocks:
+                map_(method, layer, row_map, [view(w) for w in weights], [view(b) for b in biases])
         return result.mT if v.dim() == 2 else result
 
 

@@ -6,13 +6,14 @@ right in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "fold"]
+__all__ = ["Bank", "Moments", "fold"]
 
 
 @dataclass(slots=True)
@@ -69,16 +70,66 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
         >>> state["mean"], state["variance"], state["steps"]
         (tensor([2.]), tensor([4.]), 2)
     """
-    steps = state.get("steps", 0) + 1
     mean, variance = state.get("mean"), state.get("variance")
     if mean is None or variance is None:
         mean, variance = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)
-    a = 1 - decay
-    if start == "debias":
-        a = (1 - decay) / (1 - decay**steps)
-    elif start == "first_batch" and steps == 1:
-        a = 1.0
+    steps = state.get("steps", 0) + 1
+    a = weight_of(steps, decay, start)
     state["shift"] = d = moments.mean - mean
     state["mean"] = mean.lerp_(moments.mean, a)
     state["variance"] = variance.lerp_(moments.variance, a).addcmul_(d, d, value=a * (1 - a))
     state["steps"], state["rows"], state["samples"] = steps, moments.rows, moments.samples
+
+
+def weight_of(steps: int, decay: float, start: str) -> float:
+    """Step `steps`'s weight a in the running moments."""
+    if start == "debias":
+        return (1 - decay) / (1 - decay**steps)
+    return 1.0 if start == "first_batch" and steps == 1 else 1 - decay
+
+
+class Bank:
+    """The running moments of several layers side by side, so that one operation moves all of them.
+
+    The layers' states hold views of it from then on. With it `fold` of L layers costs 6 operations instead of 4 L.
+
+    Args:
+        states: of the layers, with moments of one dtype on one device.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+        sizes = [len(state["mean"]) for state in states]
+        self.mean, self.variance = (torch.cat([state[key] for state in states]) for key in ("mean", "variance"))
+        self.shift, self.metric = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.mean.device)
+        self.largest = self.mean.new_zeros(len(sizes))
+        keys = ("mean", "variance", "shift")
+        self.views = list(zip(*(getattr(self, key).split(sizes) for key in keys), strict=True))
+        self.metrics = self.metric.split(sizes)
+        for state, views in zip(states, self.views, strict=True):
+            state.update(zip(keys, views, strict=True))
+
+    def holds(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Are these the states whose moments it holds?"""
+        if len(states) != len(self.views):
+            return False
+        pairs = zip(states, self.views, strict=True)
+        return all(state["mean"] is mean and state["variance"] is variance for state, (mean, variance, _) in pairs)
+
+    def fold(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], a: float) -> None:
+        """What the function `fold` does, with the weight a for all layers."""
+        mean, variance = torch.cat([m.mean for m in moments]), torch.cat([m.variance for m in moments])
+        d = torch.sub(mean, self.mean, out=self.shift)
+        self.mean.lerp_(mean, a)
+        self.variance.lerp_(variance, a).addcmul_(d, d, value=a * (1 - a))
+        for state, m, (_, _, shift) in zip(states, moments, self.views, strict=True):
+            state["steps"], state["rows"], state["samples"] = state["steps"] + 1, m.rows, m.samples
+            state["shift"] = shift
+
+    def damped(self, eps_rel: float, eps: float) -> tuple[Tensor, ...]:
+        """1 / (variance + eps_rel max(variance) + eps) for each layer, until the next call."""
+        largest = (
+            self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax").index_select(0, self.owner)
+        )
+        torch.add(self.variance, largest, alpha=eps_rel, out=self.metric).add_(eps).reciprocal_()
+        return self.metrics
