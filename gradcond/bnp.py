@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradcond.conditioner import Conditioner, RowMap
+from gradcond.conditioner import Conditioner, RowMap, square_of
 from gradcond.layers import Layer, Rows
 from gradcond.statistics import Bank, Moments, fold, weight_of
 
@@ -240,6 +240,23 @@ class WithBias(_Whitening):
         """Weights q sigma~ w, bias q (b + w mu): those of the normalized input."""
         assert rows.bias is not None
         return Rows(self._unscaled(rows.weight), self.q * (rows.bias + self._inner(rows.weight, self.mean)))
+
+    def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:
+        """|z|^2 and |P^T g|^2, by products of matrices and vectors where they can be."""
+        matrix, mean, metric = self._matrix(theta.weight)
+        if matrix is None or matrix.dtype is not mean.dtype or not bool((metric > 0).all()):
+            return super().squares(theta, gradient)
+        assert theta.bias is not None and gradient.bias is not None
+        size = torch.mv(matrix, mean).add_(theta.bias.view(-1)).square_().mul_(self.q**2)
+        size.addmv_(matrix.square(), metric.reciprocal())
+        matrix, mean, metric = self._matrix(gradient.weight)
+        if matrix is None:
+            return size[None], square_of(self.factor_transpose(gradient))
+        bias = gradient.bias.view(-1)
+        slope = torch.mv(torch.addr(matrix, bias, mean, alpha=-1).square_(), metric).addcmul_(
+            bias, bias, value=1 / self.q**2
+        )
+        return size[None], slope[None]
 
     def apply(self, rows: Rows) -> Rows:
         """The update as the class docstring of BNP gives it."""

@@ -43,6 +43,11 @@ def build_engine(
             f"expected parameter groups with a learning rate 'lr', which {_names(c for c in chain if c.uses_rate)} "
             f"goes by, got a {type(optimizer).__name__} without; leave it out"
         )
+    if chain and chain[-1].comes_last and hasattr(optimizer, "factor_"):
+        raise ValueError(
+            f"expected a chain without {chain[-1].name} for {type(optimizer).__name__}: it would shorten the drift "
+            "and leave the noise, so that the samples are of another distribution; leave it out"
+        )
     return Engine(model, chain, only=only, ranks=Ranks(process_group), check_finite=check_finite)
 
 

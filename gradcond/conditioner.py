@@ -20,7 +20,7 @@ from torch import Tensor
 from gradcond.layers import Layer, Rows
 from gradcond.statistics import Moments
 
-__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap", "compose", "joined", "map_"]
+__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap", "compose", "joined", "map_", "square_of"]
 
 
 class RowMap(ABC):
@@ -38,6 +38,12 @@ class RowMap(ABC):
         """M g = P P^T g; methods with a shorter closed form override it."""
         return self.factor(self.factor_transpose(rows))
 
+    comes_first: ClassVar[bool] = False  # is it outermost, wherever its conditioner stands?
+
+    def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:
+        """|P^+ theta|^2 and |P^T g|^2 of each row, (groups, out)."""
+        return square_of(self.inverse(theta)), square_of(self.factor_transpose(gradient))
+
     def inverse(self, rows: Rows) -> Rows:
         """P^+ theta, the shortest z of theta = P z, or of what of theta lies in the range of P."""
         raise NotImplementedError(
@@ -51,10 +57,7 @@ class RowMap(ABC):
 
     def apply_(self, rows: Rows) -> None:
         """G <- M g in place; methods that need no copy of g override it."""
-        mapped = self.apply(rows)
-        rows.weight.copy_(mapped.weight)
-        if rows.bias is not None and mapped.bias is not None and mapped.bias is not rows.bias:
-            rows.bias.copy_(mapped.bias)
+        _put(self.apply(rows), rows)
 
 
 class SymmetricMap(RowMap):
@@ -63,6 +66,10 @@ class SymmetricMap(RowMap):
     def factor_transpose(self, rows: Rows) -> Rows:
         """P^T v = P v."""
         return self.factor(rows)
+
+    def factor_(self, rows: Rows) -> None:
+        """Z <- P z in place."""
+        _put(self.factor(rows), rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +106,15 @@ class Chain(RowMap):
         *outer, inner = self.maps
         around = Chain(tuple(outer))
         return around.factor(inner.apply(around.factor_transpose(rows)))
+
+    def apply_(self, rows: Rows) -> None:
+        """The same in place, where the outermost map is its own transpose."""
+        outermost, *inner = self.maps
+        if not isinstance(outermost, SymmetricMap):
+            return super().apply_(rows)
+        outermost.factor_(rows)
+        (Chain(tuple(inner)) if len(inner) > 1 else inner[0]).apply_(rows)
+        outermost.factor_(rows)
 
 
 class Conditioner(ABC):
@@ -239,7 +255,19 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
             layer.part(b, -1).copy_(shared.flatten(-2))
 
 
+def square_of(rows: Rows) -> Tensor:
+    """Squared length of each row: (groups, out)."""
+    squares = rows.weight.square().flatten(2).sum(2)
+    return squares if rows.bias is None else squares + rows.bias.square()
+
+
+def _put(mapped: Rows, rows: Rows) -> None:
+    rows.weight.copy_(mapped.weight)
+    if rows.bias is not None and mapped.bias is not None and mapped.bias is not rows.bias:
+        rows.bias.copy_(mapped.bias)
+
+
 def compose(maps: Sequence[RowMap | None]) -> RowMap | None:
     """The chain of the maps that are there: None when all are the identity, itself when there is one."""
-    there = tuple(m for m in maps if m is not None)
+    there = tuple(sorted((m for m in maps if m is not None), key=lambda m: not m.comes_first))
     return there[0] if len(there) == 1 else Chain(there) if there else None

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradcond.conditioner import Conditioner, RowMap, SymmetricMap
+from gradcond.conditioner import Conditioner, RowMap, SymmetricMap, square_of
 from gradcond.layers import Layer, Rows
 
 __all__ = ["RateDamping"]
@@ -26,9 +26,9 @@ class RateDamping(Conditioner):
 
         rho_u = lr / (1 - momentum) |P^T g|_u / max(|z_u|, floor^1/2 q),    S_u <- S_u + rho_u^2,
 
-    and its gradient is multiplied by D_u = (1 + strength (1 + delay / t) S_u)^-1/2. So M becomes P D P^T, which
-    has a factor as before, and is `preconditioner()`'s. In the limit of large rates the steps no longer depend
-    on the rate; `delay` holds back the first ones. It comes last in a chain, before NormClipping.
+    and its gradient is multiplied by D_u = (1 + strength (1 + delay / t) S_u)^-1/2. So M becomes D^1/2 M D^1/2,
+    which has a factor as before, and is `preconditioner()`'s. In the limit of large rates the steps no longer
+    depend on the rate; `delay` holds back the first ones. It comes last in a chain, before NormClipping.
 
     lr and momentum are those of the weight's parameter group; where a group has no "lr" it raises. Optimizers
     that rescale the gradient by themselves, as Adam does, take the damping out again.
@@ -74,11 +74,11 @@ class RateDamping(Conditioner):
         self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor
     ) -> None:
         """Adds one step's relative motion of the units, and sets their factors."""
-        z, slope = theta, gradient
-        if chain is not None:
-            z, slope = chain.inverse(theta), chain.factor_transpose(gradient)
-        least = self.floor * (1.0 if chain is None else chain.scale**2)
-        relative = rate**2 * _squares(slope) / _squares(z).clamp_min(max(least, torch.finfo(z.weight.dtype).tiny))
+        if chain is None:
+            size, slope, least = square_of(theta), square_of(gradient), self.floor
+        else:
+            (size, slope), least = chain.squares(theta, gradient), self.floor * chain.scale**2
+        relative = slope.mul_(rate**2).div_(size.clamp_min_(max(least, torch.finfo(size.dtype).tiny)))
         state["steps"] = t = state.get("steps", 0) + 1
         state["sum"] = total = state.get("sum", 0.0) + relative
         state["factor"] = (1 + self.strength * (1 + self.delay / t) * total).rsqrt()
@@ -105,6 +105,8 @@ class RowScaling(SymmetricMap):
     s: Tensor  # (groups, out)
     taps: int
 
+    comes_first: ClassVar[bool] = True  # D^1/2 P, which is P D^1/2 for every P that acts on each row by itself
+
     def _times(self, rows: Rows, s: Tensor) -> Rows:
         weight = rows.weight * s[(...,) + (None,) * (1 + self.taps)]
         return Rows(weight, None if rows.bias is None else rows.bias * s)
@@ -113,6 +115,12 @@ class RowScaling(SymmetricMap):
         """S z."""
         return self._times(rows, self.s)
 
+    def factor_(self, rows: Rows) -> None:
+        """The same in place."""
+        rows.weight.mul_(self.s[(...,) + (None,) * (1 + self.taps)])
+        if rows.bias is not None:
+            rows.bias.mul_(self.s)
+
     def apply(self, rows: Rows) -> Rows:
         """s^2 g."""
         return self._times(rows, self.s.square())
@@ -120,9 +128,3 @@ class RowScaling(SymmetricMap):
     def inverse(self, rows: Rows) -> Rows:
         """Theta / s."""
         return self._times(rows, 1 / self.s)
-
-
-def _squares(rows: Rows) -> Tensor:
-    """Squared length of each row: (groups, out)."""
-    squares = rows.weight.square().flatten(2).sum(2)
-    return squares if rows.bias is None else squares + rows.bias.square()

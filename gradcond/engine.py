@@ -19,7 +19,7 @@ from gradcond.distributed import Ranks, reshard
 from gradcond.inputs import Observer
 from gradcond.layers import Layer, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner, check_states
-from gradcond.shards import is_sharded, local, local_state, moving, opened, rows_are_local, shown
+from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
@@ -341,7 +341,9 @@ class Engine:
             return 1.0
         if len({t.device for t in tensors}) > 1:
             return math.fsum(float(t.sum()) for t in tensors)
-        sums = [grad.sum() for grad in grads]
+        sums = [grad.sum() for grad in grads if grad.dim() > 1]
+        if flat := [grad for grad in grads if grad.dim() < 2]:
+            sums.append(torch.cat(flat).sum())
         if seen:
             mean, variance = torch.cat([m.mean for m in seen]), torch.cat([m.variance for m in seen])
             sums.append(variance.sum())
@@ -411,11 +413,10 @@ class Engine:
             if view.units == 0:
                 continue
             if conditioner.uses_rate:
-                grads: list[Any] = [p.grad for p in assignment.parameters]
-                with opened(grads, whole=whole) as plain:
-                    gradient = joined(view, plain[:n], plain[n:], share=max(len(plain) - n, 1))
-                with opened(assignment.parameters, whole=whole) as plain:
-                    theta = joined(view, plain[:n], plain[n:])
+                grads: list[Any] = [gathered(p.grad) for p in assignment.parameters]
+                own = [gathered(p) for p in assignment.parameters]
+                gradient = joined(view, grads[:n], grads[n:], share=max(len(grads) - n, 1))
+                theta = joined(view, own[:n], own[n:])
                 conditioner.update_rate(state, compose(maps), theta, gradient, self._rate(assignment))
             if assignment.sharded and not whole:
                 state = local_state(layer, state)

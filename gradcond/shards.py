@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradcond.layers import Layer
 
-__all__ = ["local", "local_state", "moving", "opened", "rows_are_local", "shown"]
+__all__ = ["gathered", "local", "local_state", "moving", "opened", "rows_are_local", "shown"]
 
 
 _PLAIN = Tensor, torch.nn.Parameter
@@ -61,7 +61,7 @@ class _Plain:
     def __call__(self, key: str) -> Tensor:
         if key not in self.seen:
             parameter = self.layer.lookup(key)
-            self.seen[key] = _gathered(parameter) if self.whole else local(parameter)
+            self.seen[key] = gathered(parameter) if self.whole else local(parameter)
         return self.seen[key]
 
 
@@ -98,7 +98,7 @@ def opened(tensors: Sequence[Tensor], *, whole: bool) -> Iterator[list[Tensor]]:
     if not whole:
         yield [local(t) for t in tensors]
         return
-    gathered = [_gathered(t) for t in tensors]
+    gathered = [gathered(t) for t in tensors]
     yield gathered
     for tensor, changed in zip(tensors, gathered, strict=True):
         _put(changed, tensor)
@@ -129,7 +129,8 @@ def local_state(layer: Layer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _gathered(tensor: Any) -> Any:
+def gathered(tensor: Any) -> Any:
+    """All of a tensor, for which ranks meet; a plain one as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
