@@ -78,11 +78,12 @@ class GradientCentralization(Conditioner):
         return Centering(sides.get(self.side, sides["input"] + sides["output"]))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Centering(SymmetricMap):
     """Subtracts the mean of the weights over each group of axes in turn."""
 
     axes: tuple[tuple[int, ...], ...]
+    means: Tensor | None = None  # over the first axes, of the gradient that is being conditioned
 
     def factor(self, rows: Rows) -> Rows:
         """C w."""
@@ -98,7 +99,13 @@ class Centering(SymmetricMap):
     def apply_(self, rows: Rows) -> None:
         """In place, without a copy."""
         for axes in self.axes:
-            rows.weight.sub_(rows.weight.mean(axes, keepdim=True))
+            means, self.means = self.means, None
+            rows.weight.sub_(rows.weight.mean(axes, keepdim=True) if means is None else means)
+
+    def screen(self, rows: Rows) -> Tensor:
+        """The means."""
+        self.means = rows.weight.mean(self.axes[0], keepdim=True)
+        return self.means
 
     def inverse(self, rows: Rows) -> Rows:
         """C^+ w = C w."""

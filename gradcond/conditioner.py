@@ -55,8 +55,15 @@ class RowMap(ABC):
         """Q of P = (1/q) ...: the size of z where the layer's outputs are of size one."""
         return 1.0
 
+    def screen(self, rows: Rows) -> Tensor | None:
+        """A first pass over the weights of g, from which `apply_` goes on: finite exactly when they are.
+
+        None where there is no such pass; then the weights are looked at by themselves.
+        """
+        return None
+
     def apply_(self, rows: Rows) -> None:
-        """G <- M g in place; methods that need no copy of g override it."""
+        """Replaces g by M g in place; methods that need no copy of g override it."""
         _put(self.apply(rows), rows)
 
 
@@ -68,7 +75,7 @@ class SymmetricMap(RowMap):
         return self.factor(rows)
 
     def factor_(self, rows: Rows) -> None:
-        """Z <- P z in place."""
+        """Replaces z by P z in place."""
         _put(self.factor(rows), rows)
 
 

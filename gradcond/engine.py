@@ -17,13 +17,14 @@ from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
 from gradcond.distributed import Ranks, reshard
 from gradcond.inputs import Observer
-from gradcond.layers import Layer, find_layers, has_lazy
+from gradcond.layers import Layer, Rows, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner, check_states
 from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
 
+_SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 _KEPT = (
     "model",
     "ranks",
@@ -77,8 +78,12 @@ class Engine:
         self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
         self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
         self.probe = BatchNormProbe(self.captures.values(), self.model)
+        self.starts_early = not any(
+            c.uses_inputs or c.uses_rate or type(c).enter_ is not Conditioner.enter_ for c in self.chain
+        )
         self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         self.conditioned: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
+        self.assigned: list[Assignment] = []
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
         self._ask_due()
@@ -115,9 +120,10 @@ class Engine:
         self.__dict__.update(state)
         self._attach()
 
-    def assignments(self, groups: Iterable[Mapping[str, Any]]) -> list[Assignment]:
+    def assignments(self, groups: Sequence[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these parameter groups train and at least one conditioner takes."""
-        reshard(self.model)
+        if any(is_sharded(p) for group in groups for p in group["params"]):
+            reshard(self.model)
         held = held_parameters(groups)
         now = [(p, p.requires_grad, id(p) in held) for layer in self.layers.values() for p in layer.parameters()]
         before, found = self.found
@@ -157,7 +163,7 @@ class Engine:
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
         self.unseen: set[str] = set()
-        self.idle = True
+        self.idle = self.first = True  # nothing has been conditioned yet
 
     @torch.compiler.disable
     def condition_(self) -> None:
@@ -169,11 +175,12 @@ class Engine:
         if not self.chain:
             return
         ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
-        moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
+        started = self._started(ready) if self.starts_early else {}
+        moments = self._merged({name: capture.take() for name, capture in self.captures.items()}, started)
         if self.idle or not (ready or self.chain[-1].comes_last):
             return
         with torch.no_grad():
-            first = not self.frozen
+            first, self.first = self.first, False
             lengths = Lengths() if self.chain[-1].comes_last else None
             new = [a for a in ready if a.layer.name not in self.frozen]
             self._update(new, moments)
@@ -184,7 +191,9 @@ class Engine:
                 grads = [p.grad for p in assignment.parameters]
                 before = [local(grad).clone() for grad in grads] if lengths is not None else []
                 row_map = self.frozen[name]
-                if row_map is not None:
+                if name in started and row_map is not None:
+                    row_map.apply_(started[name][0])
+                elif row_map is not None:
                     self._map_("apply", row_map, assignment, grads)
                 if lengths is not None:
                     lengths.add(before, grads)
@@ -193,6 +202,25 @@ class Engine:
         for assignment in ready:  # several layers may share a gradient
             grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
             self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
+
+    @torch.no_grad()
+    def _started(self, ready: Sequence[Assignment]) -> dict[str, tuple[Rows, Tensor, Tensor]]:
+        """By layer, rows over which a first pass has gone, what it found, and the gradient that they show."""
+        started = {}
+        for a in ready:
+            name = a.layer.name
+            if a.sharded or len(a.weights) > 1 or len(a.biases) > 1:
+                continue
+            if name not in self.frozen and all(name in self.states[i] for i in a.members):
+                self.frozen[name] = self._next_map(a)
+            row_map = self.frozen.get(name)
+            if row_map is not None:
+                grad: Any = a.weights[0].grad
+                rows = joined(a.layer, [grad], [b.grad for b in a.biases])  # type: ignore[misc]
+                found = row_map.screen(rows)
+                if found is not None:
+                    started[name] = rows, found, grad
+        return started
 
     def give_factor(self, optimizer: Any) -> None:
         """Lets an optimizer that draws noise (SGLD) draw it through P."""
@@ -244,7 +272,7 @@ class Engine:
             self.probe.remove()
         self._ask_due()
 
-    def preconditioner(self, groups: Iterable[Mapping[str, Any]]) -> Preconditioner:
+    def preconditioner(self, groups: Sequence[Mapping[str, Any]]) -> Preconditioner:
         """The M of the last step, or what the chain gives before the first one."""
         blocks = []
         for a in self.assignments(groups):
@@ -254,7 +282,7 @@ class Engine:
                 blocks.append((a.layer, row_map, bool(a.biases)))
         return Preconditioner(self.model, blocks)
 
-    def state_dict(self, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    def state_dict(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Plain dictionaries of tensors, numbers and strings: `torch.load(weights_only=True)` reads them."""
         assigned = self.assignments(groups)
         chain = []
@@ -310,14 +338,20 @@ class Engine:
         last, *versions = self.conditioned.get(assignment.layer.name, (lambda: None, 0, 0))
         return last() is not grad or versions != [grad._version, local(grad)._version]
 
-    def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
+    def _merged(
+        self, moments: Mapping[str, Moments | None], started: Mapping[str, tuple[Rows, Tensor, Tensor]]
+    ) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         grads = [local(p.grad) for a in self.assigned for p in a.parameters if p.grad is not None]
         grads = [grad for grad in grads if not grad.is_sparse and grad.numel() > 0]
         variances = [m.variance for m in moments.values() if m is not None]
         bad, busy = False, bool(variances)
         if self.check_finite is None or self.check_finite:
-            total = self._total(grads, moments)
+            seen = {id(grad) for _, _, grad in started.values()}
+            looked_at = [grad for grad in grads if id(grad) not in seen] + [
+                found for _, found, _ in started.values()
+            ]
+            total = self._total(looked_at, moments)
             # a sum may overflow, or be zero, where no number is: then each is looked at
             bad = not math.isfinite(total) and bool(self._not_finite(moments))
             busy = busy or total != 0 or any(bool(grad.any()) for grad in grads)
@@ -341,9 +375,9 @@ class Engine:
             return 1.0
         if len({t.device for t in tensors}) > 1:
             return math.fsum(float(t.sum()) for t in tensors)
-        sums = [grad.sum() for grad in grads if grad.dim() > 1]
-        if flat := [grad for grad in grads if grad.dim() < 2]:
-            sums.append(torch.cat(flat).sum())
+        sums = [grad.sum() for grad in grads if grad.numel() > _SMALL]
+        if small := [grad.flatten() for grad in grads if grad.numel() <= _SMALL]:
+            sums.append(torch.cat(small).sum())
         if seen:
             mean, variance = torch.cat([m.mean for m in seen]), torch.cat([m.variance for m in seen])
             sums.append(variance.sum())
@@ -361,6 +395,8 @@ class Engine:
 
     @property
     def _device(self) -> torch.device:
+        if self.assigned:
+            return self.assigned[0].weights[0].device
         return next(self.model.parameters()).device
 
     def _retract_(self, assignment: Assignment, i: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradcond.conditioner import Conditioner, RowMap, SymmetricMap
 from gradcond.layers import Layer, Rows, find_layers
@@ -63,13 +64,14 @@ class MeanShiftRejection(Conditioner):
         return Damping(self.rejection, 1 / (1 - self.rejection) if self.rescale else 1.0, layer.taps)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Damping(SymmetricMap):
     """M = gain (I - m J) and its symmetric root, over the last `taps` axes."""
 
     m: float
     gain: float
     taps: int
+    means: Tensor | None = None  # of the gradient that is being conditioned
 
     def _minus(self, rows: Rows, fraction: float, gain: float) -> Rows:
         mean = rows.weight.mean(tuple(range(-self.taps, 0)), keepdim=True)
@@ -81,9 +83,23 @@ class Damping(SymmetricMap):
 
     def apply_(self, rows: Rows) -> None:
         """In place, without a copy."""
-        rows.weight.sub_(rows.weight.mean(tuple(range(-self.taps, 0)), keepdim=True), alpha=self.m)
+        means, self.means = self.means if self.means is not None else self._means(rows.weight), None
+        rows.weight.sub_(means, alpha=self.m)
         if self.gain != 1:
             rows.weight.mul_(self.gain)
+
+    def _means(self, weight: Tensor) -> Tensor:
+        """Of each kernel."""
+        if not weight.is_contiguous():
+            return weight.mean(tuple(range(-self.taps, 0)), keepdim=True)
+        n = math.prod(weight.shape[-self.taps :])  # a product with a vector: 0.7 of the time for 3 x 3 taps
+        means = torch.mv(weight.view(-1, n), weight.new_full((n,), 1 / n))
+        return means.view(*weight.shape[: -self.taps], *[1] * self.taps)
+
+    def screen(self, rows: Rows) -> Tensor:
+        """The means."""
+        self.means = self._means(rows.weight)
+        return self.means
 
     def inverse(self, rows: Rows) -> Rows:
         """M^-1/2 w; without what a full rejection leaves nothing of."""

@@ -98,9 +98,9 @@ def opened(tensors: Sequence[Tensor], *, whole: bool) -> Iterator[list[Tensor]]:
     if not whole:
         yield [local(t) for t in tensors]
         return
-    gathered = [gathered(t) for t in tensors]
-    yield gathered
-    for tensor, changed in zip(tensors, gathered, strict=True):
+    everything = [gathered(t) for t in tensors]
+    yield everything
+    for tensor, changed in zip(tensors, everything, strict=True):
         _put(changed, tensor)
 
 
