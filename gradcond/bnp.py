@@ -239,16 +239,17 @@ class WithBias(_Whitening):
     def inverse(self, rows: Rows) -> Rows:
         """Weights q sigma~ w, bias q (b + w mu): those of the normalized input."""
         assert rows.bias is not None
-        return Rows(self._unscaled(rows.weight), self.q * (rows.bias + self._inner(rows.weight, self.mean)))
+        carried = self._inner(rows.weight, self.mean * (self.metric > 0))
+        return Rows(self._unscaled(rows.weight), self.q * (rows.bias + carried))
 
     def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:
         """|z|^2 and |P^T g|^2, by products of matrices and vectors where they can be."""
         matrix, mean, metric = self._matrix(theta.weight)
-        if matrix is None or matrix.dtype is not mean.dtype or not bool((metric > 0).all()):
+        if matrix is None or matrix.dtype is not mean.dtype:
             return super().squares(theta, gradient)
         assert theta.bias is not None and gradient.bias is not None
-        size = torch.mv(matrix, mean).add_(theta.bias.view(-1)).square_().mul_(self.q**2)
-        size.addmv_(matrix.square(), metric.reciprocal())
+        size = torch.mv(matrix, mean * (metric > 0)).add_(theta.bias.view(-1)).square_().mul_(self.q**2)
+        size.addmv_(matrix.square(), torch.where(metric > 0, metric.reciprocal(), 0.0))
         matrix, mean, metric = self._matrix(gradient.weight)
         if matrix is None:
             return size[None], square_of(self.factor_transpose(gradient))

@@ -79,7 +79,10 @@ class Lengths:
     def add(self, before: Sequence[Tensor], grads: Sequence[Any]) -> None:
         """Takes in a layer's gradients, as they were and as they are now."""
         for raw, grad in zip(before, grads, strict=True):
-            self._add(grad, torch.dot(raw.flatten(), local(grad).flatten()))
+            now = local(grad)
+            if id(grad) in self.added:  # of several layers, each with rows of its own: what this one has changed
+                now = now - raw
+            self._add(grad, torch.dot(_wide(raw).flatten(), _wide(now).flatten()))
 
     def _add(self, grad: Any, square: Tensor) -> None:
         self.added.add(id(grad))
@@ -92,9 +95,14 @@ class Lengths:
         for grad in held:
             if id(grad) not in self.added:
                 values = grad.coalesce().values() if grad.is_sparse else local(grad)
-                self._add(grad, values.square().sum())
+                self._add(grad, _wide(values).abs().square().sum())
         if self.sums:
             square = torch.stack([whole_sum(s, key) for key, s in self.sums.items()]).sum()
             factor = clipping.clip_factor(state, square.clamp_min(0).sqrt(), fold=fold)
             for grad in held:
                 local(grad).mul_(factor.to(grad.dtype))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 or better, where squares neither overflow nor vanish."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -73,7 +73,8 @@ class RateDamping(Conditioner):
     def update_rate(
         self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor
     ) -> None:
-        """Adds one step's relative motion of the units, and sets their factors."""
+        """Adds one step's relative motion of the units, and sets their factors; in float32 or better."""
+        theta, gradient = _wide(theta), _wide(gradient)
         if chain is None:
             size, slope, least = square_of(theta), square_of(gradient), self.floor
         else:
@@ -96,6 +97,12 @@ class RateDamping(Conditioner):
         if "factor" not in state:
             return "no step yet: identity"
         return f"factors {state['factor'].min():.2g} to {state['factor'].max():.2g}"
+
+
+def _wide(rows: Rows) -> Rows:
+    """Rows whose squares neither overflow nor vanish, and whose sum over many steps goes on growing."""
+    dtype = torch.promote_types(rows.weight.dtype, torch.float32)
+    return Rows(rows.weight.to(dtype), None if rows.bias is None else rows.bias.to(dtype))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from gradcond import (
     BNP,
     GradientCentralization,
     MeanShiftRejection,
+    NormClipping,
+    RateDamping,
     WeightCentralization,
     WeightStandardization,
     wrap,
@@ -29,6 +31,12 @@ CHAINS = {
     "ws": lambda: [WeightStandardization()],
     "wc": lambda: [WeightCentralization()],
     "bnp+msr": lambda: [BNP(decay=0.5), MeanShiftRejection()],
+    "damping": lambda: [RateDamping(strength=1e6)],
+    "clipping": lambda: [NormClipping(ratio=0.8, decay=0.5)],
+    "bnp+gc+damping+clipping": lambda: [
+        *[BNP(decay=0.5), GradientCentralization(), RateDamping(strength=1e6)],
+        NormClipping(ratio=0.8, decay=0.5),
+    ],
 }
 LARGEST: dict[str, float] = {}  # the largest difference from one process, by what is compared
 SCENARIOS = []
@@ -124,11 +132,14 @@ def assert_same(where, model, optimizer, expected, tolerance=1e-12):
     """Parameters, statistics and M are those of one process."""
     other, single = expected
     pairs = [(whole(a).detach(), b.detach()) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
-    states, others = optimizer._engine.states, single._engine.states
+    engines = optimizer._engine, single._engine
+    states, others = ([*engine.states, dict(enumerate(engine.network))] for engine in engines)
     for state, reference in zip(states, others, strict=True):
         assert state.keys() == reference.keys()
         for layer in state:
             for key, value in state[layer].items():
+                if key.startswith("_"):  # is computed again
+                    continue
                 if isinstance(value, torch.Tensor):
                     assert value.dtype == reference[layer][key].dtype
                     pairs.append((value, reference[layer][key]))
