@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradcond.layers import Layer, first_input
 from gradcond.moments import channel_moments
-from gradcond.patches import patch_moments
+from gradcond.patches import meets_all, patch_moments
 from gradcond.statistics import Moments
 
 __all__ = ["Observer"]
@@ -49,11 +49,14 @@ class Observer:
         rows = output.numel() // (layer.units * layer.groups) if layer.convolution else count
         samples = x.shape[0] if axis > 0 else 1
         if self.ghost is not None and axis > 0:
-            x = self._draw(x if layer.convolution else x.flatten(0, -2), self.ghost)
+            x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)
             count = min(count, x.numel() // x.shape[layer.channel_axis(x)])
-        if self.taps and layer.kernel_size > 1:
+        if self.taps and layer.convolution and not meets_all(layer):
             return Moments(count, samples, rows, *(moment.flatten() for moment in patch_moments(layer, x)))
-        return Moments(count, samples, rows, *self._channel_moments(x, layer.channel_axis(x)))
+        mean, variance = self._channel_moments(x, layer.channel_axis(x))
+        if self.taps and layer.kernel_size > 1:  # no convolution: which positions its taps meet is not known
+            mean, variance = (moment.repeat_interleave(layer.kernel_size) for moment in (mean, variance))
+        return Moments(count, samples, rows, mean, variance)
 
     @torch.no_grad()
     def _draw(self, x: Tensor, n: int) -> Tensor:

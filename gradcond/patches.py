@@ -10,9 +10,19 @@ from torch.nn import functional
 
 from gradcond.layers import Layer
 
-__all__ = ["patch_moments"]
+__all__ = ["meets_all", "patch_moments"]
 
 _MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+def meets_all(layer: Layer) -> bool:
+    """Does a convolution have one tap, which meets every input position once and nothing else?"""
+    module = layer.module
+    if layer.kernel_size > 1:
+        return False
+    if layer.transposed:
+        return not any(module.padding)
+    return set(module.stride) == {1} and not any(module._reversed_padding_repeated_twice)
 
 
 @torch.no_grad()

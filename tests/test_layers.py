@@ -1,0 +1,254 @@
+"""Every layer type against the dense matrix written out from its unfolded inputs; adapters that users register."""
+
+import pytest
+import torch
+from dense import check, conv_units, is_transposed, places, unfolded, units_of
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.testing import assert_close
+
+import gradcond
+from gradcond import BNP, Layer, register_layer
+from gradcond.layers import _adapters, find_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+sweep = settings(max_examples=80, deadline=None, derandomize=True)
+
+
+@pytest.fixture
+def registry():
+    """Adapters that a test registers are gone after it."""
+    saved = dict(_adapters)
+    yield
+    _adapters.clear()
+    _adapters.update(saved)
+
+
+@st.composite
+def convolutions(draw, transposed):
+    """A convolution of any kind, and inputs for it whose channels differ."""
+    torch.manual_seed(draw(st.integers(0, 9)))
+    dims = draw(st.sampled_from([1, 2, 2, 3]))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
+    kernel, stride, dilation = each(1, 3 if dims < 3 else 2), each(1, 3), each(1, 2)
+    groups, inputs, outputs = (draw(st.integers(1, 3)) for _ in range(3))
+    options = dict(dilation=dilation, groups=groups, bias=draw(st.booleans()))
+    padding = each(0, 2)
+    size = [d * (k - 1) + 1 + draw(st.integers(0, 3)) for d, k in zip(dilation, kernel, strict=True)]
+    if transposed:
+        kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        size = [draw(st.integers(1, 4)) for _ in range(dims)]
+        options |= dict(output_padding=extra)
+        sides = zip(size, stride, padding, dilation, kernel, extra, strict=True)
+        assume(all((n - 1) * s - 2 * p + d * (k - 1) + e + 1 > 0 for n, s, p, d, k, e in sides))
+    else:
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        options |= dict(padding_mode=draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])))
+        word = draw(st.sampled_from([None, None, "same", "valid"]))
+        if word is not None:
+            padding, stride = word, (1,) * dims if word == "same" else stride
+        size = [max(n, 3) for n in size]  # reflection pads by less than the size
+    conv = kind(groups * inputs, groups * outputs, kernel, stride, padding, **options)
+    batch = draw(st.sampled_from([(), (1,), (3,)]))
+    x = torch.randn(*batch, groups * inputs, *size)
+    x = torch.linspace(-2, 3, groups * inputs).view([-1] + [1] * dims) + x * torch.arange(1.0, x.shape[-1] + 1)
+    assume(unfolded(conv, x).any())  # with none of its inputs met there is no gradient, and no step
+    return conv, x
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_a_convolution_is_the_dense_matrix_of_its_channels(transposed):
+    @sweep
+    @given(convolutions(transposed))
+    def run(case):
+        conv, x = case
+        check(conv, lambda: conv(x).pow(3).mean(), conv_units(conv, x))
+
+    run()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+def test_with_taps_it_is_the_dense_matrix_of_its_unfolded_columns(transposed):
+    @sweep
+    @given(convolutions(transposed))
+    def run(case):
+        conv, x = case
+        check(conv, lambda: conv(x).pow(3).mean(), conv_units(conv, x, taps=True), taps=True)
+
+    run()
+
+
+def test_the_reference_unfolds_as_torch_does():
+    conv = nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, dilation=(1, 2), groups=2)
+    x = torch.randn(2, 4, 6, 7)
+    columns = nn.functional.unfold(x, (3, 2), dilation=(1, 2), padding=1, stride=2)  # (batch, 4 x 6, positions)
+    assert_close(unfolded(conv, x).flatten(1), columns.mT.flatten(0, 1))
+    assert not is_transposed(conv)
+
+
+@sweep
+@given(st.integers(1, 5), st.integers(1, 4), st.lists(st.integers(1, 4), max_size=3), st.booleans())
+def test_a_linear_layer_is_the_dense_matrix_of_its_rows(inputs, units, leading, bias):
+    layer, x = (
+        nn.Linear(inputs, units, bias=bias),
+        2 + torch.randn(*leading, inputs) * torch.arange(1.0, inputs + 1),
+    )
+    index = places(layer)
+    rows = units_of(index["weight"], [index["bias"]] if bias else [], x.reshape(-1, inputs))
+    check(layer, lambda: layer(x).pow(3).mean(), rows)
+
+
+@pytest.mark.parametrize("padding", [None, 0, 3])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 30)])
+def test_an_embedding_is_a_layer_without_bias_on_one_hot_inputs(shape, padding):
+    layer = nn.Embedding(6, 3, padding_idx=padding)
+    words = torch.randint(0, 5, shape)  # the last word never comes
+    one_hot = nn.functional.one_hot(words.reshape(-1), 6).double()
+    if padding is not None:
+        one_hot[:, padding] = 0.0  # its row gets no gradient: as if it were the zero input
+    before = layer.weight.detach().clone()
+    if (one_hot == 0).all():
+        return
+    check(layer, lambda: (layer(words) - 1).pow(3).mean(), units_of(places(layer)["weight"].mT, [], one_hot))
+    if padding is not None:
+        assert torch.equal(layer.weight[padding], before[padding])
+
+
+def test_a_sparse_embedding_and_one_that_counts_are_left_alone_or_not():
+    model = nn.ModuleList([nn.Embedding(4, 2, sparse=True), nn.Embedding(4, 2), nn.EmbeddingBag(4, 2)])
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+    report = optimizer.report()
+    assert report.left_alone == {
+        "0.weight": "its gradients are sparse",
+        "2.weight": "EmbeddingBag has no adapter",
+    }
+    assert list(report.conditioned) == ["1"]
+
+
+class GraphConvolution(nn.Module):
+    def __init__(self, inputs, units):
+        super().__init__()
+        self.linear = nn.Linear(inputs, units, bias=False)
+        self.bias = nn.Parameter(torch.zeros(units))
+
+    def forward(self, x, adjacency):
+        return adjacency @ self.linear(x) + self.bias
+
+
+def aggregated(module, args, kwargs, output):
+    x, adjacency = args
+    return adjacency @ x
+
+
+def graph_layer(module):
+    return Layer("", module, weight="linear.weight", bias="bias", observe=aggregated)
+
+
+def graph(nodes=7):
+    adjacency = torch.rand(nodes, nodes).bernoulli() + torch.eye(nodes)
+    return adjacency / adjacency.sum(1, keepdim=True), 1 + torch.randn(nodes, 4) * torch.arange(1.0, 5.0)
+
+
+@pytest.mark.parametrize("kind", [GraphConvolution, f"{GraphConvolution.__module__}.GraphConvolution"], ids=str)
+def test_a_registered_graph_convolution_is_the_dense_matrix_of_its_aggregated_rows(registry, kind):
+    adjacency, x = graph()
+    model = GraphConvolution(4, 3)
+    index = places(model)
+    assert list(find_layers(model)) == ["linear"]
+    aggregates = units_of(index["linear.weight"], [index["bias"]], adjacency @ x)
+    with pytest.raises(AssertionError):  # by itself the Linear inside sees rows that are not the layer's
+        check(model, lambda: model(x, adjacency).pow(3).mean(), aggregates)
+    model.zero_grad()
+    register_layer(kind, graph_layer)
+    assert list(find_layers(nn.Sequential(model))) == ["0"]
+    optimizer = check(model, lambda: model(x, adjacency).pow(3).mean(), aggregates)
+    assert not optimizer.report().left_alone
+
+
+def test_subclasses_are_shown_as_their_nearest_registered_base_is(registry):
+    class Special(GraphConvolution):
+        pass
+
+    class Scaled(nn.Linear):
+        pass
+
+    register_layer(GraphConvolution, graph_layer)
+    register_layer(Scaled, lambda module: "its rows are scaled")
+    model = nn.ModuleDict({"graph": Special(4, 3), "scaled": Scaled(2, 2), "linear": nn.Linear(2, 2)})
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+    report = optimizer.report()
+    assert list(report.conditioned) == ["graph", "linear"]
+    assert report.left_alone == dict.fromkeys(["scaled.weight", "scaled.bias"], "its rows are scaled")
+
+
+def test_an_adapter_may_claim_parts_of_other_modules_which_are_then_no_layers(registry):
+    class Pair(nn.Module):
+        """a = W [x, y] + b + c with the weight in two Linears and two biases that share one direction."""
+
+        def __init__(self):
+            super().__init__()
+            self.x, self.y = nn.Linear(3, 2), nn.Linear(2, 2)
+
+        def forward(self, x, y):
+            return self.x(x) + self.y(y)
+
+    register_layer(
+        Pair,
+        lambda module: Layer(
+            "both",
+            module,
+            weight=["x.weight", "y.weight"],
+            bias=["x.bias", "y.bias"],
+            observe=lambda module, args, kwargs, output: torch.cat(args, -1),
+        ),
+    )
+    model, x, y = Pair(), 1 + torch.randn(9, 3), 2 * torch.randn(9, 2) - 1
+    index = places(model)
+    rows = units_of(
+        torch.cat([index["x.weight"], index["y.weight"]], 1),
+        [index["x.bias"], index["y.bias"]],
+        torch.cat([x, y], 1),
+    )
+    optimizer = check(model, lambda: model(x, y).pow(3).mean(), rows)
+    assert list(optimizer.report().conditioned) == ["both"]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear(2, 2), torch.Tensor, int, None, torch.nn.functional.linear], ids=repr)
+def test_only_module_classes_and_names_are_registered(registry, kind):
+    before = dict(_adapters)
+    with pytest.raises(TypeError, match=r"expected a subclass of torch\.nn\.Module or its full name, got"):
+        register_layer(kind, graph_layer)
+    assert _adapters == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"ghost": 5}, {"taps": True}], ids=str)
+def test_a_convolution_inside_a_registered_module_has_moments_per_channel(registry, settings):
+    """Which positions its taps meet only the module knows, so taps are tied; ghost rows are whole samples."""
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x):
+            return self.conv(2 * x)
+
+    register_layer(
+        Wrapped,
+        lambda module: Layer(
+            "", module, weight="conv.weight", bias="conv.bias", observe=lambda m, args, kwargs, output: 2 * args[0]
+        ),
+    )
+    model, x = Wrapped(), 1 + torch.randn(5, 3, 5, 5)
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP(decay=0.0, **settings)])
+    model(x).pow(3).mean().backward()
+    optimizer.step()
+    plain = nn.Conv2d(3, 2, 3)
+    other = gradcond.wrap(torch.optim.SGD(plain.parameters(), lr=1.0), plain, [BNP(decay=0.0)])
+    plain(2 * x).pow(3).mean().backward()
+    other.step()
+    eye = torch.eye(sum(p.numel() for p in plain.parameters()))
+    assert_close(optimizer.preconditioner().apply(eye), other.preconditioner().apply(eye))
+    optimizer.load_state_dict(optimizer.state_dict())
