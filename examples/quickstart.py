@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import gradcond
-from gradcond import BNP, Conditioner, GradientCentralization, MeanShiftRejection, WeightStandardization
+from gradcond import (
+    BNP,
+    Conditioner,
+    GradientCentralization,
+    MeanShiftRejection,
+    RateDamping,
+    WeightStandardization,
+)
 
 EXAMPLES = Path(__file__).resolve().parent
 sys.path.insert(0, str(EXAMPLES.parent / "analysis"))
@@ -63,6 +70,7 @@ METHODS = {
     "SGD": Method(digits, 2.0**-6),
     "BatchNorm": Method(digits_batchnorm, 2.0**-1),
     "BNP": Method(digits, 2.0**2, lambda: [BNP()]),
+    "BNP+damping": Method(digits, 2.0**4, lambda: [BNP(), RateDamping()]),
     "GC": Method(digits, 2.0**-5, lambda: [GradientCentralization()]),
     "WS": Method(digits, 2.0**-10, lambda: [WeightStandardization()]),
     "BNP+GC": Method(digits, 2.0**2, lambda: [BNP(), GradientCentralization()]),
