@@ -16,15 +16,16 @@ from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
 from gradcond.distributed import Ranks, reshard
+from gradcond.finite import rounding_is_small, total_of
 from gradcond.inputs import Observer
 from gradcond.layers import Layer, Rows, find_layers, has_lazy
-from gradcond.preconditioner import Preconditioner, check_states
+from gradcond.preconditioner import Preconditioner
 from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
+from gradcond.states import State, check_saved, copied
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
 
-_SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 _KEPT = (
     "model",
     "ranks",
@@ -35,7 +36,6 @@ _KEPT = (
     "network",
     "warned",
 )  # by copies; the rest is found again
-State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
 
 
 class Engine:
@@ -209,7 +209,7 @@ class Engine:
         started = {}
         for a in ready:
             name = a.layer.name
-            if a.sharded or len(a.weights) > 1 or len(a.biases) > 1:
+            if a.sharded or a.layer.span is not None or len(a.weights) > 1 or len(a.biases) > 1:
                 continue
             if name not in self.frozen and all(name in self.states[i] for i in a.members):
                 self.frozen[name] = self._next_map(a)
@@ -276,7 +276,7 @@ class Engine:
         """The M of the last step, or what the chain gives before the first one."""
         blocks = []
         for a in self.assignments(groups):
-            states = {i: _copied(self.states[i].get(a.layer.name, {})) for i in a.members}
+            states = {i: copied(self.states[i].get(a.layer.name, {})) for i in a.members}
             row_map = compose([self.chain[i].row_map(shown(a.layer), state) for i, state in states.items()])
             if row_map is not None:
                 blocks.append((a.layer, row_map, bool(a.biases)))
@@ -288,25 +288,14 @@ class Engine:
         chain = []
         for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
             names = [a.layer.name for a in assigned if i in a.members]
-            layers = {name: _copied(states.get(name, {})) for name in names}
+            layers = {name: copied(states.get(name, {})) for name in names}
             entry = {"name": conditioner.name, "settings": conditioner.settings(), "layers": layers}
-            chain.append(entry | {"network": _copied(self.network[i])})
+            chain.append(entry | {"network": copied(self.network[i])})
         return {"format": 1, "chain": chain, "layers": {a.layer.name: bool(a.biases) for a in assigned}}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, before anything is touched, for a state that is not of this chain and model."""
-        if state.get("format") != 1:
-            raise ValueError(
-                f"expected a gradcond state of format 1, got {state.get('format')!r}; it was saved by another "
-                "version of gradcond"
-            )
-        names, saved = [c.name for c in self.chain], [entry["name"] for entry in state["chain"]]
-        if names != saved:
-            raise ValueError(
-                f"the saved state is of the chain {saved}, this optimizer has {names}; wrap the optimizer with "
-                "the conditioners that the state was saved with, in their order"
-            )
-        check_states(self.layers, self.chain, state)
+        check_saved(state, self.chain, self.layers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned, the hyper-parameters included."""
@@ -315,13 +304,13 @@ class Engine:
                 setattr(conditioner, key, value)
         self.states = [
             {
-                name: _copied(saved, self.layers[name].weights[0].device)
+                name: copied(saved, self.layers[name].weights[0].device)
                 for name, saved in entry["layers"].items()
                 if saved
             }
             for entry in state["chain"]
         ]
-        self.network = [_copied(entry.get("network", {}), self._device) for entry in state["chain"]]
+        self.network = [copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True
         self._ask_due()
 
@@ -342,24 +331,24 @@ class Engine:
         self, moments: Mapping[str, Moments | None], started: Mapping[str, tuple[Rows, Tensor, Tensor]]
     ) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
-        grads = [local(p.grad) for a in self.assigned for p in a.parameters if p.grad is not None]
-        grads = [grad for grad in grads if not grad.is_sparse and grad.numel() > 0]
-        variances = [m.variance for m in moments.values() if m is not None]
-        bad, busy = False, bool(variances)
-        if self.check_finite is None or self.check_finite:
-            seen = {id(grad) for _, _, grad in started.values()}
-            looked_at = [grad for grad in grads if id(grad) not in seen] + [
-                found for _, found, _ in started.values()
-            ]
-            total = self._total(looked_at, moments)
+        held = [p for a in self.assigned for p in a.parameters if p.grad is not None and not p.grad.is_sparse]
+        grads = [grad for p in held if (grad := local(p.grad)).numel() > 0]
+        taken = [m for m in moments.values() if m is not None]
+        bad, busy = False, bool(taken or grads)
+        if self.check_finite or (self.check_finite is None and all(t.is_cpu for t in grads)):
+            self.observer.careful = not rounding_is_small(taken)
+            screened = {id(grad) for _, _, grad in started.values()}
+            total = total_of(
+                [grad for grad in grads if id(grad) not in screened]
+                + [found for _, found, _ in started.values()]
+                + [m.variance for m in taken]
+            )
             # a sum may overflow, or be zero, where no number is: then each is looked at
-            bad = not math.isfinite(total) and bool(self._not_finite(moments))
-            busy = busy or total != 0 or any(bool(grad.any()) for grad in grads)
-        else:
-            busy = busy or bool(grads)
+            bad = not math.isfinite(total) and bool(self._not_finite(held, moments))
+            busy = bool(taken) or total != 0 or any(bool(grad.any()) for grad in grads)
         merged, (bad, busy) = self.ranks.merge(self.captures, moments, bad, busy, device=self._device)
         if bad:
-            where = ", ".join(self._not_finite(moments)[:5]) or "those of another rank"
+            where = ", ".join(self._not_finite(held, moments)[:5]) or "those of another rank"
             raise ValueError(
                 f"expected finite gradients, got nan or inf in {where}; parameters and statistics are as before "
                 "this step. Lower the learning rate, look at the loss and the data, or skip the step"
@@ -367,29 +356,9 @@ class Engine:
         self.idle = self.idle and not busy
         return merged
 
-    def _total(self, grads: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> float:
-        """A number that is finite when gradients and inputs are; 1 where it would have to be waited for."""
-        seen = [m for m in moments.values() if m is not None]
-        tensors = [*grads, *(m.variance for m in seen)]
-        if self.check_finite is None and not all(t.is_cpu for t in tensors):
-            return 1.0
-        if len({t.device for t in tensors}) > 1:
-            return math.fsum(float(t.sum()) for t in tensors)
-        sums = [grad.sum() for grad in grads if grad.numel() > _SMALL]
-        if small := [grad.flatten() for grad in grads if grad.numel() <= _SMALL]:
-            sums.append(torch.cat(small).sum())
-        if seen:
-            mean, variance = torch.cat([m.mean for m in seen]), torch.cat([m.variance for m in seen])
-            sums.append(variance.sum())
-            # the rounding of n terms, five times over: see channel_moments, which then looks closer
-            rounding = 5 * torch.finfo(mean.dtype).eps * max(m.count for m in seen)
-            safe = torch.addcmul(variance, mean, mean, value=-(rounding**2)).amin() >= 0
-            self.observer.careful = not safe
-        return float(torch.stack(sums).sum()) if sums else 0.0
-
-    def _not_finite(self, moments: Mapping[str, Moments | None]) -> list[str]:
-        held = {id(p) for a in self.assigned for p in a.parameters if p.grad is not None}
-        tensors = {f"the gradient of {n}": local(p.grad) for n, p in self.model.named_parameters() if id(p) in held}
+    def _not_finite(self, held: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> list[str]:
+        ids = {id(p) for p in held}
+        tensors = {f"the gradient of {n}": local(p.grad) for n, p in self.model.named_parameters() if id(p) in ids}
         tensors |= {f"the input of {name}": m.variance for name, m in moments.items() if m is not None}
         return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
 
@@ -481,12 +450,6 @@ class Engine:
                 "pass in training mode, through the module's call. Its gradient goes through as it is",
                 stacklevel=2,
             )
-
-
-def _copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A state with tensors of its own; what starts with "_" can be computed again."""
-    kept = {k: v for k, v in state.items() if not k.startswith("_")}
-    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
 
 
 def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:

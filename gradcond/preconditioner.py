@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradcond.conditioner import Conditioner, RowMap, compose, map_
 from gradcond.layers import Layer, find_layers
 from gradcond.shards import shown
+from gradcond.states import check_states
 
 __all__ = ["Preconditioner", "load_preconditioner"]
 
@@ -130,21 +131,3 @@ def load_preconditioner(model: nn.Module, state: Mapping[str, Any]) -> Precondit
         if row_map is not None:
             blocks.append((layers[name], row_map, has_bias))
     return Preconditioner(model, blocks)
-
-
-def check_states(layers: Mapping[str, Layer], chain: list[Conditioner], state: Mapping[str, Any]) -> None:
-    """Raises ValueError when a saved state names a layer the model lacks, or holds a tensor of another shape."""
-    for name in state["layers"]:
-        if name not in layers:
-            raise ValueError(
-                f"the saved gradcond state holds layer {name!r}, which this model does not have as a layer of "
-                f"its own; it has {list(layers)[:8]}. Build the model that the state was saved with"
-            )
-    for conditioner, entry in zip(chain, state["chain"], strict=True):
-        for name, saved in entry["layers"].items():
-            for key, shape in conditioner.shapes(layers[name]).items():
-                if key in saved and tuple(saved[key].shape) != shape:
-                    raise ValueError(
-                        f"{conditioner.name}: {key} of layer {name!r} must have shape {shape}, got "
-                        f"{tuple(saved[key].shape)}; build the model that the state was saved with"
-                    )

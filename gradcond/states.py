@@ -1,0 +1,61 @@
+"""What conditioners keep of each layer: how it is copied, and how a saved one is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcond.conditioner import Conditioner
+from gradcond.layers import Layer
+
+__all__ = ["State", "check_saved", "check_states", "copied"]
+
+State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
+
+
+def copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """One layer's state with tensors of its own; what starts with "_" can be computed again, and is left out.
+
+    Example:
+        >>> copied({"steps": 3, "_metric": None})
+        {'steps': 3}
+    """
+    kept = {k: v for k, v in state.items() if not k.startswith("_")}
+    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
+
+
+def check_saved(state: Mapping[str, Any], chain: Sequence[Conditioner], layers: Mapping[str, Layer]) -> None:
+    """Raises ValueError for a saved state that is not of this chain and model."""
+    if state.get("format") != 1:
+        raise ValueError(
+            f"expected a gradcond state of format 1, got {state.get('format')!r}; it was saved by another "
+            "version of gradcond"
+        )
+    names, saved = [c.name for c in chain], [entry["name"] for entry in state["chain"]]
+    if names != saved:
+        raise ValueError(
+            f"the saved state is of the chain {saved}, this optimizer has {names}; wrap the optimizer with "
+            "the conditioners that the state was saved with, in their order"
+        )
+    check_states(layers, chain, state)
+
+
+def check_states(layers: Mapping[str, Layer], chain: Sequence[Conditioner], state: Mapping[str, Any]) -> None:
+    """Raises ValueError when a saved state names a layer the model lacks, or holds a tensor of another shape."""
+    for name in state["layers"]:
+        if name not in layers:
+            raise ValueError(
+                f"the saved gradcond state holds layer {name!r}, which this model does not have as a layer of "
+                f"its own; it has {list(layers)[:8]}. Build the model that the state was saved with"
+            )
+    for conditioner, entry in zip(chain, state["chain"], strict=True):
+        for name, saved in entry["layers"].items():
+            for key, shape in conditioner.shapes(layers[name]).items():
+                if key in saved and tuple(saved[key].shape) != shape:
+                    raise ValueError(
+                        f"{conditioner.name}: {key} of layer {name!r} must have shape {shape}, got "
+                        f"{tuple(saved[key].shape)}; build the model that the state was saved with"
+                    )
