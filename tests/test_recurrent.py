@@ -232,6 +232,22 @@ def test_calls_of_one_step_count_as_one_and_states_carried_between_them_as_start
     check(module, loss, units(module, module, rows))
 
 
+@pytest.mark.parametrize("how", ["padded", "batch first", "packed", "by itself"])
+def test_sequences_are_the_samples_and_steps_the_rows(how):
+    module = build("lstm", batch_first=how == "batch first")
+    sequences = sequences_of([2, 5, 1, 4] if how == "packed" else [5] if how == "by itself" else [5] * 4)
+    if how == "packed":
+        x = pack_sequence(sequences, enforce_sorted=False)
+    else:
+        x = sequences[0] if how == "by itself" else torch.stack(sequences, 0 if how == "batch first" else 1)
+    optimizer = gradcond.wrap(torch.optim.SGD(module.parameters(), lr=1.0), module, [BNP()])
+    y = module(x)[0]
+    (y.data if how == "packed" else y).pow(3).mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()["gradcond"]["chain"][0]["layers"]["l0"]
+    assert (state["samples"], state["rows"]) == (len(sequences), sum(map(len, sequences)))
+
+
 def test_a_network_around_it_trains_the_same_from_a_copy_and_a_checkpoint():
     class Tagger(nn.Module):
         def __init__(self):
