@@ -3,7 +3,7 @@
 The analysis side is `gradcond.curvature`, imported on its own.
 """
 
-from gradcond import attention, embedding, recurrent  # noqa: F401  # their adapters register themselves
+from gradcond import attention, embedding, graph, recurrent  # noqa: F401  # their adapters register themselves
 from gradcond._version import __version__
 from gradcond.attach import Attachment, attach
 from gradcond.bnp import BNP

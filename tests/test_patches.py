@@ -54,8 +54,13 @@ def test_zero_padding_pulls_the_border_taps_to_zero():
 
 @pytest.mark.parametrize(
     "conv",
-    [nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1, padding=1), nn.Conv2d(3, 2, 1, stride=2), nn.ConvTranspose2d(3, 2, 1)]
-    + [nn.ConvTranspose2d(3, 2, 1, stride=2, padding=1)],
+    [
+        nn.Conv2d(3, 2, 1),
+        nn.Conv2d(3, 2, 1, padding=1),
+        nn.Conv2d(3, 2, 1, stride=2),
+        nn.ConvTranspose2d(3, 2, 1),
+        nn.ConvTranspose2d(3, 2, 1, stride=2, padding=1),
+    ],
     ids=str,
 )
 def test_a_kernel_of_one_tap_meets_the_padding_and_only_every_stride(conv):
