@@ -44,7 +44,7 @@ def _layers(module: nn.RNNBase) -> list[Layer]:
 for _kind in (nn.RNN, nn.LSTM, nn.GRU):
     register_layer(_kind, _layers)
 
-Observe = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Moments]
+Observe = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Moments | None]
 
 
 class _States:
@@ -60,19 +60,28 @@ class _States:
 
     def input(self, depth: int) -> Observe:
         """Observes x_t."""
-        return lambda *call: self._depths(*call)[depth].input()
+        return self._observe(depth, lambda at: at.input())
 
     def hidden(self, depth: int, direction: int) -> Observe:
         """Observes h_{t-1}."""
-        return lambda *call: self._depths(*call)[depth].hidden(direction)
+        return self._observe(depth, lambda at: at.hidden(direction))
 
     def joint(self, depth: int, direction: int) -> Observe:
         """Observes [x_t, h_{t-1}]."""
 
-        def observe(*call: Any) -> Moments:
-            at = self._depths(*call)[depth]
+        def both(at: _Depth) -> Moments:
             x, h = at.input(), at.hidden(direction)
             return replace(x, mean=torch.cat([x.mean, h.mean]), variance=torch.cat([x.variance, h.variance]))
+
+        return self._observe(depth, both)
+
+    def _observe(self, depth: int, moments: Callable[[_Depth], Moments]) -> Observe:
+        """Takes the moments at a depth of one call; None when it has no rows."""
+
+        def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Moments | None:
+            if _data(output[0]).numel() == 0:
+                return None
+            return moments(self._depths(module, args, kwargs, output)[depth])
 
         return observe
 

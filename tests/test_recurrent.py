@@ -288,6 +288,16 @@ def test_a_network_around_it_trains_the_same_from_a_copy_and_a_checkpoint():
         assert torch.equal(p, r)
 
 
+@pytest.mark.parametrize("kind", ["rnn", "lstm", "gru"])
+def test_a_batch_of_no_sequences_counts_nothing(kind):
+    module = build(kind, num_layers=2)
+    sequences = sequences_of([5, 5, 5])
+    rows, _ = unrolled(module, sequences)
+    x = torch.stack(sequences, 1)
+    loss = lambda: module(x)[0].pow(3).mean() + module(x[:, :0])[0].sum()  # noqa: E731
+    check(module, loss, units(module, module, rows))
+
+
 def test_what_is_in_no_row_is_said_to_be():
     module = build("lstm", proj_size=2)
     optimizer = gradcond.wrap(torch.optim.SGD(module.parameters(), lr=1.0), module, [BNP()])
