@@ -153,9 +153,9 @@ def test_evaluations_of_a_closure_fold_once():
     optimizer = gradcond.wrap(lbfgs, model, [BNP(), NormClipping(ratio=0.7, decay=0.5)])
     first = []
     for i in range(3):
-        raws, clipped = [], []
+        x, raws, clipped = 2 + torch.randn(8, 3), [], []
 
-        def closure(i=i, x=2 + torch.randn(8, 3), raws=raws, clipped=clipped):
+        def closure(i=i, x=x, raws=raws, clipped=clipped):
             if raws:
                 clipped.append(flat([p.grad for p in model.parameters()]))
             optimizer.zero_grad()
