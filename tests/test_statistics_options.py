@@ -98,6 +98,13 @@ def test_linear_layers_draw_rows_of_every_leading_axis():
     assert drawn == set(range(15))
 
 
+def test_each_call_of_a_step_draws_for_itself():
+    model, x = nn.Linear(2, 1), torch.randn(50, 2)
+    optimizer = wrapped(model, decay=0.0, ghost=1)
+    step(model, optimizer, *[x] * 20)
+    assert (state_of(optimizer)["variance"] > 0.1).all()  # of one row again and again it would be 0
+
+
 @pytest.mark.parametrize("settings", [{"ghost": 2}, {"ghost": 2, "taps": True}, {"ghost": 3, "every": 2}], ids=str)
 def test_draws_repeat_resume_and_leave_the_global_generator_alone(settings):
     model = network()
