@@ -16,7 +16,7 @@ from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
 from gradcond.distributed import Ranks, reshard
-from gradcond.finite import rounding_is_small, total_of
+from gradcond.finite import total_of
 from gradcond.inputs import Observer
 from gradcond.layers import Layer, Rows, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner
@@ -109,6 +109,7 @@ class Engine:
         for name, capture in self.captures.items():
             capture.active = any(self.chain[i].is_due(self.states[i].get(name, {})) for i in self.members[name])
         self.observer.seen.clear()
+        self.observer.ghost = next((c.ghost for c in self.chain if c.uses_inputs), None)
         if self.observer.ghost is not None:
             steps = [entry.get("steps", 0) for state in self.states for entry in state.values()]
             self.observer.seed = 65537 * max(steps, default=0)
@@ -336,7 +337,6 @@ class Engine:
         taken = [m for m in moments.values() if m is not None]
         bad, busy = False, bool(taken or grads)
         if self.check_finite or (self.check_finite is None and all(t.is_cpu for t in grads)):
-            self.observer.careful = not rounding_is_small(taken)
             screened = {id(grad) for _, _, grad in started.values()}
             total = total_of(
                 [grad for grad in grads if id(grad) not in screened]

@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["channel_moments"]
 
 
-def channel_moments(x: Tensor, axis: int, *, careful: bool = True) -> tuple[Tensor, Tensor]:
+def channel_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     r"""The mean and the biased variance of each channel, over all other axes.
 
     An error of the mean enters the variance squared. In the first pass numbers are added up one after the other,
@@ -30,7 +30,6 @@ def channel_moments(x: Tensor, axis: int, *, careful: bool = True) -> tuple[Tens
     Args:
         x: at least one number; any strides.
         axis: of the channels.
-        careful: look for channels whose moments must be taken again?
 
     Returns:
         mean and variance, each (channels,), in float64 for float64 and in float32 for everything else.
@@ -48,8 +47,6 @@ def channel_moments(x: Tensor, axis: int, *, careful: bool = True) -> tuple[Tens
         variance, mean = torch.var_mean(x, others, correction=0) if others else (x - x, x)
         return mean, variance
     mean, variance, terms = _first_pass(x, axis)
-    if not careful:
-        return mean, variance
     seen = (5 * torch.finfo(x.dtype).eps * (terms - 1)) ** 2
     margin = torch.addcmul(variance, mean, mean, value=-seen).min().item()
     # a constant channel among others is not worth a second pass: its error is far below their variances

@@ -40,6 +40,13 @@ def check_saved(state: Mapping[str, Any], chain: Sequence[Conditioner], layers: 
             f"the saved state is of the chain {saved}, this optimizer has {names}; wrap the optimizer with "
             "the conditioners that the state was saved with, in their order"
         )
+    for conditioner, entry in zip(chain, state["chain"], strict=True):
+        taps = entry["settings"].get("taps", False)
+        if taps != conditioner.taps:
+            raise ValueError(
+                f"the saved state is of {conditioner.name}(taps={taps}), this optimizer has {conditioner.taps}; "
+                "wrap the optimizer with the setting that the state was saved with"
+            )
     check_states(layers, chain, state)
 
 
