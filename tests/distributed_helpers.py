@@ -31,7 +31,6 @@ CHAINS = {
     "ws": lambda: [WeightStandardization()],
     "wc": lambda: [WeightCentralization()],
     "bnp+msr": lambda: [BNP(decay=0.5), MeanShiftRejection()],
-    "damping": lambda: [RateDamping(strength=1e6)],
     "clipping": lambda: [NormClipping(ratio=0.8, decay=0.5)],
     "bnp+gc+damping+clipping": lambda: [
         *[BNP(decay=0.5), GradientCentralization(), RateDamping(strength=1e6)],
