@@ -45,7 +45,7 @@ class RowMap(ABC):
         return square_of(self.inverse(theta)), square_of(self.factor_transpose(gradient))
 
     def inverse(self, rows: Rows) -> Rows:
-        """P^+ theta, the shortest z of theta = P z, or of what of theta lies in the range of P."""
+        """P^+ theta: the shortest z of theta = P z, or of what P reaches of theta; of a chain, one such z."""
         raise NotImplementedError(
             f"{type(self).__name__} does not say what its coordinates z of given parameters are; define inverse()"
         )

@@ -86,7 +86,9 @@ class RateDamping(Conditioner):
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
         """D^1/2 of the last step; the identity before the first one."""
-        return RowScaling(state["factor"].sqrt(), layer.taps) if "factor" in state else None
+        if "factor" not in state or self.strength == 0:
+            return None
+        return RowScaling(state["factor"].sqrt(), layer.taps)
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """A sum and a factor per output unit."""

@@ -332,7 +332,10 @@ class Engine:
         self, moments: Mapping[str, Moments | None], started: Mapping[str, tuple[Rows, Tensor, Tensor]]
     ) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
-        held = [p for a in self.assigned for p in a.parameters if p.grad is not None and not p.grad.is_sparse]
+        candidates = [p for a in self.assigned for p in a.parameters]
+        if self.chain[-1].comes_last:  # it acts on every gradient of these groups
+            candidates = [p for g in self.groups if g.get("gradcond", True) for p in g["params"]]
+        held = [p for p in candidates if p.grad is not None and not p.grad.is_sparse]
         grads = [grad for p in held if (grad := local(p.grad)).numel() > 0]
         taken = [m for m in moments.values() if m is not None]
         bad, busy = False, bool(taken or grads)

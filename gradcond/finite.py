@@ -21,6 +21,7 @@ def total_of(tensors: Sequence[Tensor]) -> float:
         >>> total_of([torch.ones(2), torch.tensor([float("inf")])])
         inf
     """
+    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     if len({t.device for t in tensors}) > 1:
         return sum(float(t.sum()) for t in tensors)
     sums = [t.sum() for t in tensors if t.numel() > _SMALL]

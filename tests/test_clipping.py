@@ -295,3 +295,16 @@ def test_wrong_chains_and_settings_are_refused():
     for decay in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"NormClipping: decay must be in \[0, 1\)"):
             NormClipping(decay=decay)
+
+
+def test_it_clips_where_no_layer_is_conditioned():
+    model = nn.Sequential(nn.LayerNorm(3), nn.PReLU())
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [NormClipping(decay=0.5)])
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 4.0)
+    optimizer.step()  # the mean of 1 and 4, with weights 1/3 and 2/3, is 3
+    for parameter in model.parameters():
+        torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 3.0))
