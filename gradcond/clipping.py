@@ -28,6 +28,9 @@ class NormClipping(Conditioner):
     by min(1, ratio mean / |P^T g|), where the mean runs over the lengths before clipping, this step's included.
     It comes last in a chain. It is not linear, so it has no P: `preconditioner()` is that of the others.
 
+    It takes the edge off single steps. It does not keep a rate that is too high from diverging, since its mean
+    follows the gradients up; RateDamping does.
+
     Args:
         ratio: of the largest length to the running mean, > 0.
         decay: of the running mean, in [0, 1); its start is debiased.
