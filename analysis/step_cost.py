@@ -43,7 +43,6 @@ import gradcond
 CHAINS: dict[str, Callable[[], list[gradcond.Conditioner]]] = {
     "BNP": lambda: [gradcond.BNP()],
     "BNP(every=10)": lambda: [gradcond.BNP(every=10)],
-    "BNP(ghost=128)": lambda: [gradcond.BNP(ghost=128)],
     "[BNP, damping]": lambda: [gradcond.BNP(), gradcond.RateDamping()],
     "GradientCentralization": lambda: [gradcond.GradientCentralization()],
     "MeanShiftRejection": lambda: [gradcond.MeanShiftRejection()],
