@@ -55,6 +55,7 @@ class Layer:
         span: the rows (start, stop) of the weight and bias that are the layer's; all by default, and where a
             parameter has no more.
         transposed: is the weight (in, out / groups, *taps) instead of (out, in / groups, *taps)?
+        groups: of a grouped convolution inside the module.
         one_hot: are the inputs indices?
 
     Attributes:
@@ -85,6 +86,7 @@ class Layer:
         observe: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Any] = first_input,
         span: tuple[int, int] | None = None,
         transposed: bool | None = None,
+        groups: int | None = None,
         one_hot: bool = False,
     ) -> None:
         self.name = name
@@ -100,7 +102,8 @@ class Layer:
         self.one_hot = one_hot
         self.convolution = isinstance(module, _CONVOLUTIONS)
         self.transposed = isinstance(module, _TRANSPOSED) if transposed is None else transposed
-        self.groups: int = getattr(module, "groups", 1) if self.convolution else 1
+        own: Any = module.groups if self.convolution else 1
+        self.groups: int = own if groups is None else groups
         first, second, *kernel = self._attribute(self.weight_names[0]).shape
         if span is not None:
             first = span[1] - span[0]

@@ -1,5 +1,7 @@
 """Every layer type against the dense matrix written out from its unfolded inputs; adapters that users register."""
 
+import copy
+
 import pytest
 import torch
 from dense import check, conv_units, is_transposed, places, unfolded, units_of
@@ -253,3 +255,24 @@ def test_a_convolution_inside_a_registered_module_has_moments_per_channel(regist
     eye = torch.eye(sum(p.numel() for p in plain.parameters()))
     assert_close(optimizer.preconditioner().apply(eye), other.preconditioner().apply(eye))
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_grouped_convolution_inside_a_registered_module_is_conditioned_as_by_itself(registry):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 6, 3, groups=2, stride=2)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    register_layer(Wrapped, lambda module: Layer("", module, weight="conv.weight", bias="conv.bias", groups=2))
+    inside = Wrapped()
+    alone = copy.deepcopy(inside.conv)
+    x = torch.randn(1, 4, 5, 5)  # q^2 counts 4 output positions, fewer than the 18 weights of a row
+    for model in (inside, alone):
+        optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+        model(x).pow(3).mean().backward()
+        optimizer.step()
+    assert_close(inside.conv.weight, alone.weight, rtol=0, atol=1e-14)
+    assert_close(inside.conv.bias, alone.bias, rtol=0, atol=1e-14)
