@@ -90,8 +90,9 @@ def test_resumed_from_its_checkpoint_equals_uninterrupted(tmp_path, chain):
     assert_same(resumed, uninterrupted, rtol=0, atol=0)
 
 
-def test_every_linear_layer_is_conditioned_and_the_rest_is_reported(tmp_path):
+def test_every_layer_with_rows_is_conditioned_and_the_rest_is_reported(tmp_path):
     _, optimizer = fit(tmp_path, "bnp")
     report = optimizer.report()
-    assert len(report.conditioned) == 2 * 6 + 2  # four in attention, two after it; the pooler and the classifier
-    assert set(report.left_alone.values()) >= {"Embedding has no adapter", "LayerNorm has no adapter"}
+    linear = 2 * 6 + 2  # four in attention, two after it; the pooler and the classifier
+    assert len(report.conditioned) == linear + 3  # the embeddings of words, positions and types
+    assert set(report.left_alone.values()) == {"LayerNorm has no adapter"}
