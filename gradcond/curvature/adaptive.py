@@ -86,6 +86,8 @@ def optimizer_factor(optimizer: Any, model: nn.Module) -> OptimizerFactor:
 
 def _of_instance(optimizer: Any, model: nn.Module) -> dict[str, tuple[Group, State]]:
     names = {id(p): name for name, p in model.named_parameters()}
+    if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError("the optimizer steps parameters none of which is the model's; pass the pair that trained")
     return {
         names[id(p)]: (group, optimizer.state.get(p, {}))
         for group in optimizer.param_groups
