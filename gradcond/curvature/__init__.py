@@ -1,6 +1,6 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
 
-from gradcond.curvature.adaptive import OptimizerFactor, optimizer_factor
+from gradcond.curvature.adaptive import optimizer_factor
 from gradcond.curvature.composed import Block, Combination
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
@@ -26,7 +26,6 @@ __all__ = [
     "Hessian",
     "KroneckerFactor",
     "Operator",
-    "OptimizerFactor",
     "Preconditioned",
     "ProductFactor",
     "SpectralDensity",

@@ -91,7 +91,9 @@ class DiagonalFactor(Factor):
         d = self.diagonal.to(z)
         return d * z if z.ndim == 1 else d[:, None] * z
 
-    factor_transpose = factor  # it is symmetric
+    def factor_transpose(self, v: Tensor) -> Tensor:
+        """P v: it is symmetric."""
+        return self.factor(v)
 
 
 class KroneckerFactor(Factor):
