@@ -29,7 +29,9 @@ import torch
 from torch import nn
 
 def build_model():
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 2)).to(torch.float64)
+    return nn.Sequential(
+        nn.Linear(4, 3), nn.Tanh(), nn.LayerNorm(3), nn.Linear(3, 2), nn.Dropout(0.1)
+    ).to(torch.float64)
 
 def load_data():
     generator = torch.Generator().manual_seed(1)
@@ -264,6 +266,7 @@ BAD = {
     "architecture": (spoil_shape, [], "another architecture"),
     "data": (spoil_data, [], "do not go together"),
     "conditioner": (spoil_conditioner, [], "unknown conditioner 'Unheard'"),
+    "dropout": (lambda folder: None, ["--mode", "train"], "dropout is active in '4'"),
     "out is a file": (lambda folder: (folder / "out").write_text(""), [], "is a file; name another folder"),
 }
 
