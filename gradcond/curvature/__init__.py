@@ -1,7 +1,7 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
 
 from gradcond.curvature.adaptive import optimizer_factor
-from gradcond.curvature.composed import Block, Combination
+from gradcond.curvature.composed import Combination, Submatrix
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
@@ -15,7 +15,6 @@ from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [
     "GGN",
-    "Block",
     "Combination",
     "ConditionNumber",
     "DiagonalFactor",
@@ -29,6 +28,7 @@ __all__ = [
     "Preconditioned",
     "ProductFactor",
     "SpectralDensity",
+    "Submatrix",
     "Tridiagonal",
     "condition_number",
     "diagonal",

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcond.curvature.composed import as_operator
+from gradcond.curvature.composed import Composed, as_operator
 from gradcond.curvature.factors import require_factor
-from gradcond.curvature.operators import Operator, generator_from, working_dtype
+from gradcond.curvature.operators import generator_from, working_dtype
 
 
-class Preconditioned(Operator):
+class Preconditioned(Composed):
     """P^T H P, the Hessian in the variables z of theta = P z.
 
     Symmetric, with the inertia of H where P is invertible. One product is one of H. That ``factor`` and
@@ -39,7 +39,7 @@ class Preconditioned(Operator):
 
     def __init__(self, H: Any, M: Any) -> None:
         self.M, self.H = require_factor(M), as_operator(H)
-        super().__init__(self.H.shape[0], self.H.dtype, self.H.device, parts=[self.H])
+        super().__init__([self.H])
         generator = generator_from(0)
         u, v = (torch.randn(self.shape[0], generator=generator, dtype=torch.float64) for _ in range(2))
         u, v = (w.to(self.device, working_dtype(self.dtype)) for w in (u, v))
@@ -58,5 +58,5 @@ class Preconditioned(Operator):
             raise ValueError(f"expected {name} to return shape {tuple(v.shape)}, got {tuple(out.shape)}")
         return out.to(v.dtype)
 
-    def _columns(self, V: Tensor) -> Tensor:
+    def _product(self, V: Tensor) -> Tensor:
         return self._apply("factor_transpose", self.H @ self._apply("factor", V))
