@@ -18,7 +18,7 @@ from gradcond import curvature
 sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 
 from condition_number import main
-from input_correlation import InputCorrelation, columns, condition
+from input_correlation import InputCorrelation, columns, condition, watching
 from layer_blocks import find_blocks
 from problems import load_problem
 
@@ -390,3 +390,22 @@ def test_a_correlation_within_rounding_of_the_inputs_is_not_resolved():
     assert exact["resolved"] and exact["kappa"] > 1e9
     assert not rounded["resolved"] and 1e8 < rounded["kappa_lower_bound"] <= 1.01 * exact["kappa"]
     assert np.isnan(rounded["kappa"])
+
+
+def test_inputs_are_watched_in_attention_and_behind_normalization():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True).eval()  # with a fast path
+    x = torch.randn(7, 6, 4) @ torch.randn(4, 4)
+    H = curvature.Hessian(model, nn.MSELoss(), [(x[:5], x[:5]), (x[5:], x[5:])])
+    blocks, met = find_blocks(model), []
+    model.linear1.register_forward_hook(lambda module, args, output: met.append(args[0].detach().flatten(0, 1)))
+    with watching(blocks) as seen:
+        H.loss()
+    for name in ("self_attn.query", "self_attn.key", "self_attn.value"):
+        found = condition(seen[name])
+        assert found["rows"] == 42 and found["kappa"] == pytest.approx(kappa(torch.corrcoef(x.flatten(0, 1).mT)))
+    # normalized inputs add up to a constant: one direction is zero, not the smallest
+    values = torch.linalg.eigvalsh(torch.corrcoef(torch.cat(met).mT))
+    assert condition(seen["linear1"])["kappa"] == pytest.approx(float(values[-1] / values[1]))
+    H.loss()
+    assert condition(seen["linear1"])["rows"] == 42  # the hooks are gone
