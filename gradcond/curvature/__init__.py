@@ -5,8 +5,9 @@ from gradcond.curvature.composed import Combination, Submatrix
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
-from gradcond.curvature.factors import DiagonalFactor, Factor, KroneckerFactor, ProductFactor
+from gradcond.curvature.factors import DiagonalFactor, Factor, ProductFactor
 from gradcond.curvature.hessian import GGN, Hessian
+from gradcond.curvature.kronecker import KroneckerFactor
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
 from gradcond.curvature.spectrum import SpectralDensity, spectral_density
