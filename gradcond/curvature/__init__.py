@@ -4,6 +4,7 @@ from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
 from gradcond.curvature.hessian import GGN, Hessian
+from gradcond.curvature.objective import ModelLoss
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
 from gradcond.curvature.spectrum import SpectralDensity, spectral_density
@@ -17,6 +18,7 @@ __all__ = [
     "Estimate",
     "ExactSpectrum",
     "Hessian",
+    "ModelLoss",
     "Operator",
     "Preconditioned",
     "SpectralDensity",
