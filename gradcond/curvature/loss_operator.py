@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import fnmatch
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradcond.curvature.objective import Mean, Objective, Share
+from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
+from gradcond.curvature.processes import Processes
 from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching_pays, grad, probe
 from gradcond.curvature.snapshot import Snapshot
 
@@ -69,6 +70,7 @@ class LossOperator(Operator):
         weight_fn: Callable[[Any], Any] | None = None,
         method: str = "auto",
         chunk: int = 16,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -78,7 +80,8 @@ class LossOperator(Operator):
             raise ValueError(f"expected chunk >= 1, got {chunk}")
         self.model, self.loss_fn, self.objective = unwrap(model), loss_fn, Objective(loss_fn, weight_fn)
         self.data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
-        if num_batches(data) == 0:
+        self.processes = Processes(process_group)
+        if num_batches(data) == 0 and not self.processes.several:
             raise ValueError("expected at least one batch, got an empty data set")
         self.method, self.chunk = method, chunk
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
@@ -146,11 +149,13 @@ class LossOperator(Operator):
 
     def loss(self) -> Tensor:
         """The loss on all batches concatenated, a scalar."""
-        return self._mean(lambda evaluation: evaluation.loss().detach())
+        return self._mean(lambda evaluation: evaluation.loss().detach(), ())
 
     def gradient(self) -> Tensor:
         """Its gradient (n,), in the working dtype."""
-        return self._mean(lambda evaluation: self._rows(grad([evaluation.loss()], self.parameters), 1)[0])
+        return self._mean(
+            lambda evaluation: self._rows(grad([evaluation.loss()], self.parameters), 1)[0], self.shape[:1]
+        )
 
     def check_deterministic(self) -> float:
         """The relative difference of two products of the same vector, under different random states.
@@ -195,23 +200,36 @@ class LossOperator(Operator):
     def _forward_over_reverse(self, evaluation: Evaluation) -> Product: ...
 
     def _columns(self, V: Tensor) -> Tensor:
-        return self._mean(lambda evaluation: self._push(self._product(evaluation), V))
+        return self._mean(lambda evaluation: self._push(self._product(evaluation), V), V.shape)
 
-    def _mean(self, term: Callable[[Evaluation], Tensor]) -> Tensor:
-        """The term summed over the batches and divided by the weight of all."""
-        mean, total = Mean(), torch.zeros((), device=self.device)
-        with left_as_found(self.model, self.data, self._seed):
-            for batch in batches(self.data, self.device, self.objective.takes_pairs):
-                weight = self.objective.weight(batch)
-                if weight is None or float(weight) != 0:
-                    evaluation = Evaluation(self.model, self.objective, batch)
-                    total = total + term(evaluation)
-                    mean.add(evaluation.share)
-        return self._divided(total, mean)
+    def _mean(self, term: Callable[[Evaluation], Tensor], shape: Sequence[int]) -> Tensor:
+        """The term, of this shape, summed over the batches of all processes and divided by the weight of all."""
+        mean, error = Mean(), None
+        total = torch.zeros(shape, dtype=working_dtype(self.dtype), device=self.device)
+        try:
+            with left_as_found(self.model, self.data, self._seed):
+                for batch in batches(self.data, self.device, self.objective.takes_pairs):
+                    weight = self.objective.weight(batch)
+                    if weight is None or float(weight) != 0:
+                        evaluation = Evaluation(self.model, self.objective, batch)
+                        total = total + term(evaluation)
+                        mean.add(evaluation.share)
+            mean.check()
+        except Exception as caught:
+            if not self.processes.several:
+                raise
+            error = caught
+        sums = mean.sums
+        if self.processes.several:
+            kinds = self.processes.agree(self._same(), mean.kinds)
+            total, sums = self.processes.add_up(total, sums, error)
+            require_one_kind(kinds)
+        return total / divisor(*sums)
 
-    def _divided(self, total: Tensor, mean: Mean) -> Tensor:
-        """The sum of all batches over their weight; processes that share the data add up both here."""
-        return total / mean.divisor()
+    def _same(self) -> dict[str, Any]:
+        """What must be the same on every process."""
+        norms = torch.stack([p.detach().double().norm() for p in self.parameters])
+        return {"parameters": float(norms.norm()), "names": tuple(self.names)}
 
     def _product(self, evaluation: Evaluation) -> Product:
         """The product with the matrix of a batch; the graph of a single batch is kept until something changes."""
@@ -242,16 +260,19 @@ class LossOperator(Operator):
         v = torch.randn(self.shape[0], generator=generator_from(0), dtype=torch.float64).to(self.device)
         build, forward = self._double_backward, self._forward_over_reverse
         return probe(
-            lambda: build(evaluation), forward(evaluation), self._split(v[None], False), self.method, reuse, self.dtype
+            lambda: build(evaluation),
+            forward(evaluation),
+            self._split(v[None], False),
+            self.method,
+            reuse,
+            self.dtype,
         )
 
     def _push(self, product: Product, V: Tensor) -> Tensor:
         """The product with each column of V (n, k), ``chunk`` at a time where that is faster than one by one."""
         together = V.shape[1] > 1 and self.chunk > 1 and self._batches(product, V)
         width = self.chunk if together else 1
-        rows = [
-            self._rows(product(self._split(part, together), together), len(part)) for part in V.mT.split(width)
-        ]
+        rows = [self._rows(product(self._split(part, together), together), len(part)) for part in V.mT.split(width)]
         return torch.cat(rows).mT
 
     def _batches(self, product: Product, V: Tensor) -> bool:
@@ -272,4 +293,3 @@ class LossOperator(Operator):
         """The inverse of _split: (count, n) in the working dtype."""
         dtype = working_dtype(self.dtype)
         return torch.cat([part.detach().reshape(count, -1).to(self.device, dtype) for part in parts], 1)
-

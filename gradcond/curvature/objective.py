@@ -193,24 +193,42 @@ class Mean:
     def add(self, share: Share) -> None:
         self.shares.append(share)
 
-    def divisor(self) -> float | Tensor:
-        """What the sum over the batches is divided by, once all of them have been seen."""
-        if not self.shares:
-            raise ValueError("expected at least one batch that counts, got an empty data set")
-        finite = torch.stack([share.value.reshape(()).isfinite() for share in self.shares])
+    def check(self) -> None:
+        """Raise when a loss is not finite, or when batches of unknown weight differ."""
+        finite = torch.stack([share.value.reshape(()).isfinite() for share in self.shares] or [torch.tensor(True)])
         if not bool(finite.all()):
             index = int((~finite).int().argmax())
             raise ValueError(f"expected a finite loss, got {float(self.shares[index].value)} on batch {index}")
-        kinds = {share.kind for share in self.shares if share.kind is not None}
-        if len(kinds) > 1:
-            raise ValueError(
-                "a loss of unknown weighting on uneven batches (samples, then shapes and what is not masked): "
-                f"{', '.join(map(str, sorted(kinds, key=str)[:2]))}; return (numerator, denominator) from loss_fn, "
-                "or pass weight_fn=lambda batch: len(batch[1])"
-            )
-        if all(share.weight is None for share in self.shares):
-            return 1.0
-        total = sum(share.weight for share in self.shares)
-        if not float(total) > 0:
-            raise ValueError(f"expected a positive total weight, got {float(total)}; are all ignored?")
-        return total
+        require_one_kind(self.kinds)
+
+    @property
+    def kinds(self) -> set[Any]:
+        """Of the batches whose weighting is unknown."""
+        return {share.kind for share in self.shares if share.kind is not None}
+
+    @property
+    def sums(self) -> list[Any]:
+        """The total weight, and of how many batches; then how many batches are sums, without a weight."""
+        weights = [share.weight for share in self.shares if share.weight is not None]
+        return [sum(weights), len(weights), len(self.shares) - len(weights)]
+
+
+def divisor(weight: Any, weighted: float, unweighted: float) -> Any:
+    """What the sum over the batches is divided by, from Mean.sums of all of them."""
+    if not weighted and not unweighted:
+        raise ValueError("expected at least one batch that counts, got an empty data set")
+    if not weighted:
+        return 1.0
+    if not float(weight) > 0:
+        raise ValueError(f"expected a positive total weight, got {float(weight)}; are all ignored?")
+    return weight
+
+
+def require_one_kind(kinds: set[Any]) -> None:
+    """Raise when batches of unknown weight differ in what a mean could depend on."""
+    if len(kinds) > 1:
+        raise ValueError(
+            "a loss of unknown weighting on uneven batches (samples, then shapes and what is not masked): "
+            f"{', '.join(map(str, sorted(kinds, key=str)[:2]))}; return (numerator, denominator) from loss_fn, "
+            "or pass weight_fn=lambda batch: len(batch[1])"
+        )
