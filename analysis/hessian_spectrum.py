@@ -14,6 +14,7 @@ spectrum.npz    "INDEX/VARIANT/NAME", where NAME is one of eigenvalues (ascendin
                 nodes, weights, grid, density, cdf, std_error (of the density) as in
                 gradcond.curvature.SpectralDensity.
 spectrum.png    drawn from these two files alone.
+trajectory.png  of two checkpoints or more: how the ends and the condition number move, in the order given.
 
 A run that was interrupted or killed goes on when the same command is given again, with the same outcome: what it
 has measured waits in DIR/unfinished until all is written.
@@ -38,6 +39,7 @@ from spectrum_files import read, versions, write
 from spectrum_table import print_table
 from torch import nn
 from tqdm import tqdm
+from trajectory_figure import draw_trajectory
 from unfinished import Unfinished, forget
 
 from gradcond import curvature
@@ -57,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("checkpoints", nargs="*", type=Path, metavar="CKPT", help="file that torch.save wrote")
     add("--problem", type=Path, metavar="FILE.py", help="defines build_model(), load_data(), loss_fn")
     add("--out", type=Path, required=True, metavar="DIR", help="gets spectrum.json, .npz and .png")
-    add("--redraw", action="store_true", help="only draw DIR/spectrum.png again from the other two files")
+    add("--redraw", action="store_true", help="only draw the pictures again from the other two files")
     add("--preconditioned", action="store_true", help="also of P^T H P, P from the saved optimizer")
     add("--operator", choices=OPERATORS, default="hessian", help="the matrix H")
     add("--mode", choices=("eval", "train"), default="eval", help="the mode of the modules, such as BatchNorm")
@@ -215,6 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_table(report)
     draw(report, arrays, args.out / "spectrum.png")
     print(f"wrote {args.out}/spectrum.{'png' if args.redraw else '{json,npz,png}'}")
+    if len(report["checkpoints"]) > 1:
+        draw_trajectory(report, args.out / "trajectory.png")
+        print(f"wrote {args.out}/trajectory.png")
     return 0
 
 
