@@ -36,6 +36,7 @@ def culprit(model: nn.Module, data: Any, batches: Pass, run: Callable[[Any], Any
 def _random_module(model: nn.Module, batches: Pass, run: Callable[[Any], Any]) -> str | None:
     """The first leaf module whose output differs though its input is the same."""
     calls: list[list[tuple[str, str, list[Tensor], list[Tensor]]]] = [[], []]
+    names = {module: name for name, module in model.named_modules() if not any(module.children())}
     with batches(0) as drawn:
         batch = next(iter(drawn))
     for seed, seen in enumerate(calls):
@@ -43,7 +44,6 @@ def _random_module(model: nn.Module, batches: Pass, run: Callable[[Any], Any]) -
         def watch(module: nn.Module, args: Any, kwargs: Any, output: Any, seen: Any = seen) -> None:
             seen.append((names[module], type(module).__name__, _tensors((args, kwargs)), _tensors(output)))
 
-        names = {module: name for name, module in model.named_modules() if not any(module.children())}
         with ExitStack() as stack:
             for module in names:
                 handle = module.register_forward_hook(watch, with_kwargs=True)
