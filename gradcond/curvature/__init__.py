@@ -7,6 +7,7 @@ from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.objective import ModelLoss
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
+from gradcond.curvature.preflight import Preflight, preflight
 from gradcond.curvature.spectrum import SpectralDensity, spectral_density
 from gradcond.curvature.trace import Estimate, diagonal, trace
 from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
@@ -21,12 +22,14 @@ __all__ = [
     "ModelLoss",
     "Operator",
     "Preconditioned",
+    "Preflight",
     "SpectralDensity",
     "Tridiagonal",
     "condition_number",
     "diagonal",
     "eigsh",
     "exact_spectrum",
+    "preflight",
     "spectral_density",
     "trace",
     "tridiagonalize",
