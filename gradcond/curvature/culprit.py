@@ -38,7 +38,9 @@ def _random_module(model: nn.Module, batches: Pass, run: Callable[[Any], Any]) -
     calls: list[list[tuple[str, str, list[Tensor], list[Tensor]]]] = [[], []]
     names = {module: name for name, module in model.named_modules() if not any(module.children())}
     with batches(0) as drawn:
-        batch = next(iter(drawn))
+        batch = next(iter(drawn), None)
+    if batch is None:  # of several processes, this one has no data
+        return None
     for seed, seen in enumerate(calls):
 
         def watch(module: nn.Module, args: Any, kwargs: Any, output: Any, seen: Any = seen) -> None:

@@ -6,12 +6,14 @@ import copy
 import fnmatch
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradcond.curvature.culprit import culprit
 from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
@@ -184,14 +186,16 @@ class LossOperator(Operator):
         return self._noise
 
     def _culprit(self) -> str:
-        training = [(name, type(m).__name__) for name, m in self.model.named_modules() if m.training]
-        random = [name for name, kind in training if "Dropout" in kind]
-        norms = [name for name, kind in training if "Norm" in kind]
-        if random:
-            return f"dropout is active in {random[0]!r}: call model.eval() first"
-        if norms:
-            return f"{norms[0]!r} normalizes by batches that change: do not shuffle, or call model.eval()"
-        return "something random remains: augmentation, a sampler, or functional dropout"
+        return culprit(self.model, self.data, self._drawn, lambda batch: self._evaluation(batch).loss())
+
+    @contextmanager
+    def _drawn(self, seed: int) -> Iterator[Iterator[Any]]:
+        """The batches of one pass, every random state set from the seed; all is left as found afterwards."""
+        with left_as_found(self.model, self.data, seed):
+            yield batches(self.data, self.device, self.objective.takes_pairs)
+
+    def _evaluation(self, batch: Any) -> Evaluation:
+        return Evaluation(self.model, self.objective, batch)
 
     @abstractmethod
     def _double_backward(self, evaluation: Evaluation) -> Product: ...
@@ -207,11 +211,11 @@ class LossOperator(Operator):
         mean, error = Mean(), None
         total = torch.zeros(shape, dtype=working_dtype(self.dtype), device=self.device)
         try:
-            with left_as_found(self.model, self.data, self._seed):
-                for batch in batches(self.data, self.device, self.objective.takes_pairs):
+            with self._drawn(self._seed) as drawn:
+                for batch in drawn:
                     weight = self.objective.weight(batch)
                     if weight is None or float(weight) != 0:
-                        evaluation = Evaluation(self.model, self.objective, batch)
+                        evaluation = self._evaluation(batch)
                         total = total + term(evaluation)
                         mean.add(evaluation.share)
             mean.check()

@@ -45,9 +45,7 @@ def duals(parameters: Mapping[str, Tensor], tangents: Parts) -> Iterator[dict[st
     """The parameters with tangents: whatever is computed from them inside carries its directional derivative."""
     _warm_forward_mode()
     with forward_ad.dual_level():
-        yield {
-            name: forward_ad.make_dual(p, v) for (name, p), v in zip(parameters.items(), tangents, strict=True)
-        }
+        yield {name: forward_ad.make_dual(p, v) for (name, p), v in zip(parameters.items(), tangents, strict=True)}
 
 
 def primal_and_tangent(z: Tensor) -> tuple[Tensor, Tensor]:
