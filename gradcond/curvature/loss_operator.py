@@ -25,6 +25,7 @@ class Evaluation:
     def __init__(self, model: nn.Module, objective: Objective, batch: Any) -> None:
         self.model, self.objective, self.batch = model, objective, batch
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
+        self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self._draws: Draws | None = None
 
     def __call__(
@@ -206,7 +207,8 @@ class LossOperator(Operator):
                 if weight is None or float(weight) != 0:
                     evaluation = Evaluation(self.model, self.objective, batch)
                     total = total + term(evaluation)
-                    mean.add(evaluation.share)
+                    assert evaluation.share is not None
+                    mean.shares.append(evaluation.share)
         return self._divided(total, mean)
 
     def _divided(self, total: Tensor, mean: Mean) -> Tensor:
@@ -240,18 +242,14 @@ class LossOperator(Operator):
         if self.method == "double_backward":
             return Probe(self.method, "asked for")
         v = torch.randn(self.shape[0], generator=generator_from(0), dtype=torch.float64).to(self.device)
-        build, forward = self._double_backward, self._forward_over_reverse
-        return probe(
-            lambda: build(evaluation), forward(evaluation), self._split(v[None], False), self.method, reuse, self.dtype
-        )
+        parts, forward = self._split(v[None], False), self._forward_over_reverse(evaluation)
+        return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, reuse, self.dtype)
 
     def _push(self, product: Product, V: Tensor) -> Tensor:
         """The product with each column of V (n, k), ``chunk`` at a time where that is faster than one by one."""
         together = V.shape[1] > 1 and self.chunk > 1 and self._batches(product, V)
         width = self.chunk if together else 1
-        rows = [
-            self._rows(product(self._split(part, together), together), len(part)) for part in V.mT.split(width)
-        ]
+        rows = [self._rows(product(self._split(part, together), together), len(part)) for part in V.mT.split(width)]
         return torch.cat(rows).mT
 
     def _batches(self, product: Product, V: Tensor) -> bool:
@@ -272,4 +270,3 @@ class LossOperator(Operator):
         """The inverse of _split: (count, n) in the working dtype."""
         dtype = working_dtype(self.dtype)
         return torch.cat([part.detach().reshape(count, -1).to(self.device, dtype) for part in parts], 1)
-

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +32,7 @@ class TorchLoss:
 
     @property
     def is_mean(self) -> bool:
+        """Whether there is a denominator."""
         return self.options["reduction"] != "sum"
 
     def parts(self, output: Any, target: Tensor) -> tuple[Tensor, Any]:
@@ -59,6 +59,7 @@ class TorchLoss:
         return rows.sum(1), rows.new_full((rows.shape[0],), weight)
 
     def has_class_targets(self, target: Tensor) -> bool:
+        """Whether the targets are indices of classes."""
         return self.name in _CLASS_INDEX and not target.is_floating_point()
 
     def class_weights(self, target: Tensor) -> Tensor:
