@@ -138,7 +138,7 @@ def _bits(z: Tensor, target: Tensor, loss: TorchLoss, uniform: Uniform) -> Tenso
     curvature = torch.ones_like(z, dtype=torch.double) if weight is None else weight.double().expand_as(z)
     if positive is not None:
         curvature = curvature * (target * positive + 1 - target)
-    slopes = (p - (uniform(len(rows), rows.shape[1]) < p)) * _flat_rows(curvature).sqrt()[:, None]
+    slopes = (p - (uniform(len(rows), rows.shape[1]) < p).double()) * _flat_rows(curvature).sqrt()[:, None]
     return torch.einsum("nc,nsc->ns", rows, slopes.detach().to(rows.dtype))
 
 

@@ -71,7 +71,8 @@ class TorchLoss:
 def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
     """One of torch's losses with its options, or None for anything else: its weighting is unknown."""
     if type(loss_fn).__module__ == "torch.nn.modules.loss":  # exact: a subclass may compute anything
-        name, unreduced = type(loss_fn).__name__, _without_reduction(loss_fn)
+        unreduced: Callable[..., Tensor]
+        name, unreduced = type(loss_fn).__name__, functools.partial(_without_reduction, loss_fn)
         options = {"weight": None, "ignore_index": None, **vars(loss_fn), **getattr(loss_fn, "_buffers", {})}
     else:
         function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
@@ -91,12 +92,9 @@ def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
     return TorchLoss(_FUNCTION_OF.get(name, name), loss_fn, unreduced, options)
 
 
-def _without_reduction(loss_fn: Any) -> Callable[..., Tensor]:
-    def unreduced(output: Tensor, target: Tensor) -> Tensor:
-        reduction, loss_fn.reduction = loss_fn.reduction, "none"
-        try:
-            return loss_fn(output, target)
-        finally:
-            loss_fn.reduction = reduction
-
-    return unreduced
+def _without_reduction(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
+    reduction, loss_fn.reduction = loss_fn.reduction, "none"
+    try:
+        return loss_fn(output, target)
+    finally:
+        loss_fn.reduction = reduction

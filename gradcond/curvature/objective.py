@@ -69,8 +69,7 @@ class Objective:
 
     def __init__(self, loss_fn: Callable[..., Any], weight_fn: Callable[[Any], Any] | None) -> None:
         self.takes_pairs = not isinstance(loss_fn, ModelLoss)
-        of_pairs = ModelLoss(loss_fn, lambda model, batch: _call(model, batch[0]), lambda batch: batch[1])
-        self.loss = loss_fn if isinstance(loss_fn, ModelLoss) else of_pairs
+        self.loss = loss_fn if isinstance(loss_fn, ModelLoss) else ModelLoss(loss_fn, _of_input, _second)
         self.weight_fn = weight_fn
         self.torch_loss = torch_loss(self.loss.loss_fn) if self.loss.output else None
 
@@ -145,8 +144,12 @@ class Objective:
         return self.loss.loss_fn(output, self.target(batch)) if self.loss.output else output
 
 
-def _call(model: nn.Module, input: Any) -> Any:
-    return model(**input) if isinstance(input, Mapping) else model(input)
+def _of_input(model: nn.Module, pair: Any) -> Any:
+    return model(**pair[0]) if isinstance(pair[0], Mapping) else model(pair[0])
+
+
+def _second(pair: Any) -> Any:
+    return pair[1]
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
