@@ -88,6 +88,9 @@ class MonteCarloFisher(GaussNewtonOperator):
             )
         self._generator = generator_from(seed)
 
+    def _settings(self) -> tuple[int, ...]:
+        return self.mc_samples, self.seed
+
     def _mean(self, term: Any) -> Tensor:
         self._generator = generator_from(self.seed)  # every pass draws the same
         return super()._mean(term)

@@ -189,6 +189,10 @@ class LossOperator(Operator):
             return f"{norms[0]!r} normalizes by batches that change: do not shuffle, or call model.eval()"
         return "something random remains: augmentation, a sampler, or functional dropout"
 
+    def _settings(self) -> tuple[int, ...]:
+        """What else the matrix of a batch depends on."""
+        return ()
+
     @abstractmethod
     def _double_backward(self, evaluation: Evaluation) -> Product: ...
 
@@ -228,7 +232,7 @@ class LossOperator(Operator):
         autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
         things = (
             *(self.model, loss.loss_fn, loss.output, loss.target, self.objective.weight_fn),
-            *(evaluation.batch, self.parameters, self._seed, autocast),
+            *(evaluation.batch, self.parameters, self._seed, autocast, self._settings()),
         )
         kept = self._kept
         if kept is None or not kept.snapshot.holds(*things):
