@@ -3,6 +3,7 @@
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
+from gradcond.curvature.fisher import EmpiricalFisher, MonteCarloFisher
 from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.objective import ModelLoss
 from gradcond.curvature.operators import Operator
@@ -16,10 +17,12 @@ __all__ = [
     "GGN",
     "ConditionNumber",
     "Eigenpairs",
+    "EmpiricalFisher",
     "Estimate",
     "ExactSpectrum",
     "Hessian",
     "ModelLoss",
+    "MonteCarloFisher",
     "Operator",
     "Preconditioned",
     "Preflight",

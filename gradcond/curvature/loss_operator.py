@@ -28,6 +28,7 @@ class Evaluation:
     def __init__(self, model: nn.Module, objective: Objective, batch: Any) -> None:
         self.model, self.objective, self.batch = model, objective, batch
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
+        self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self._draws: Draws | None = None
 
     def __call__(
@@ -197,6 +198,10 @@ class LossOperator(Operator):
     def _evaluation(self, batch: Any) -> Evaluation:
         return Evaluation(self.model, self.objective, batch)
 
+    def _settings(self) -> tuple[int, ...]:
+        """What else the matrix of a batch depends on."""
+        return ()
+
     @abstractmethod
     def _double_backward(self, evaluation: Evaluation) -> Product: ...
 
@@ -217,7 +222,8 @@ class LossOperator(Operator):
                     if weight is None or float(weight) != 0:
                         evaluation = self._evaluation(batch)
                         total = total + term(evaluation)
-                        mean.add(evaluation.share)
+                        assert evaluation.share is not None
+                        mean.shares.append(evaluation.share)
             mean.check()
         except Exception as caught:
             if not self.processes.several:
@@ -248,7 +254,7 @@ class LossOperator(Operator):
         autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
         things = (
             *(self.model, loss.loss_fn, loss.output, loss.target, self.objective.weight_fn),
-            *(evaluation.batch, self.parameters, self._seed, autocast),
+            *(evaluation.batch, self.parameters, self._seed, autocast, self._settings()),
         )
         kept = self._kept
         if kept is None or not kept.snapshot.holds(*things):
@@ -262,15 +268,8 @@ class LossOperator(Operator):
         if self.method == "double_backward":
             return Probe(self.method, "asked for")
         v = torch.randn(self.shape[0], generator=generator_from(0), dtype=torch.float64).to(self.device)
-        build, forward = self._double_backward, self._forward_over_reverse
-        return probe(
-            lambda: build(evaluation),
-            forward(evaluation),
-            self._split(v[None], False),
-            self.method,
-            reuse,
-            self.dtype,
-        )
+        parts, forward = self._split(v[None], False), self._forward_over_reverse(evaluation)
+        return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, reuse, self.dtype)
 
     def _push(self, product: Product, V: Tensor) -> Tensor:
         """The product with each column of V (n, k), ``chunk`` at a time where that is faster than one by one."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,6 +32,7 @@ class TorchLoss:
 
     @property
     def is_mean(self) -> bool:
+        """Whether there is a denominator."""
         return self.options["reduction"] != "sum"
 
     def parts(self, output: Any, target: Tensor) -> tuple[Tensor, Any]:
@@ -59,6 +59,7 @@ class TorchLoss:
         return rows.sum(1), rows.new_full((rows.shape[0],), weight)
 
     def has_class_targets(self, target: Tensor) -> bool:
+        """Whether the targets are indices of classes."""
         return self.name in _CLASS_INDEX and not target.is_floating_point()
 
     def class_weights(self, target: Tensor) -> Tensor:
@@ -70,7 +71,8 @@ class TorchLoss:
 def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
     """One of torch's losses with its options, or None for anything else: its weighting is unknown."""
     if type(loss_fn).__module__ == "torch.nn.modules.loss":  # exact: a subclass may compute anything
-        name, unreduced = type(loss_fn).__name__, _without_reduction(loss_fn)
+        unreduced: Callable[..., Tensor]
+        name, unreduced = type(loss_fn).__name__, functools.partial(_without_reduction, loss_fn)
         options = {"weight": None, "ignore_index": None, **vars(loss_fn), **getattr(loss_fn, "_buffers", {})}
     else:
         function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
@@ -90,12 +92,9 @@ def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
     return TorchLoss(_FUNCTION_OF.get(name, name), loss_fn, unreduced, options)
 
 
-def _without_reduction(loss_fn: Any) -> Callable[..., Tensor]:
-    def unreduced(output: Tensor, target: Tensor) -> Tensor:
-        reduction, loss_fn.reduction = loss_fn.reduction, "none"
-        try:
-            return loss_fn(output, target)
-        finally:
-            loss_fn.reduction = reduction
-
-    return unreduced
+def _without_reduction(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
+    reduction, loss_fn.reduction = loss_fn.reduction, "none"
+    try:
+        return loss_fn(output, target)
+    finally:
+        loss_fn.reduction = reduction

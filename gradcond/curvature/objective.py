@@ -69,17 +69,17 @@ class Objective:
 
     def __init__(self, loss_fn: Callable[..., Any], weight_fn: Callable[[Any], Any] | None) -> None:
         self.takes_pairs = not isinstance(loss_fn, ModelLoss)
-        of_pairs = ModelLoss(loss_fn, lambda model, batch: _call(model, batch[0]), lambda batch: batch[1])
-        self.loss = loss_fn if isinstance(loss_fn, ModelLoss) else of_pairs
+        self.loss = loss_fn if isinstance(loss_fn, ModelLoss) else ModelLoss(loss_fn, _of_input, _second)
         self.weight_fn = weight_fn
         self.torch_loss = torch_loss(self.loss.loss_fn) if self.loss.output else None
 
     def require_output(self, kind: str) -> None:
+        """Raise unless loss and model can be separated."""
         if self.loss.output is None:
             raise ValueError(
                 f"{kind} needs the loss as a function of the model's output: "
-                "ModelLoss(loss_fn, output=lambda model, batch: ..., target=lambda batch: ...), so that the loss is "
-                "loss_fn(output(model, batch), target(batch))"
+                "ModelLoss(loss_fn, output=lambda model, batch: ..., target=lambda batch: ...), so that the "
+                "loss is loss_fn(output(model, batch), target(batch))"
             )
 
     def output(self, model: nn.Module, batch: Any) -> Any:
@@ -87,9 +87,11 @@ class Objective:
         return self.loss.output(model, batch) if self.loss.output else self.loss.loss_fn(model, batch)
 
     def target(self, batch: Any) -> Any:
+        """What the loss compares the prediction with."""
         return self.loss.target(batch) if self.loss.target else batch
 
     def weight(self, batch: Any) -> Any:
+        """What weight_fn says, None without one."""
         return None if self.weight_fn is None else self.weight_fn(batch)
 
     def of(self, output: Any, batch: Any) -> tuple[Tensor, Share]:
@@ -113,16 +115,22 @@ class Objective:
             )
         return value, Share(value.detach(), denominator, kind)
 
+    def scale(self, output: Any, batch: Any) -> Any:
+        """What weight_fn multiplies the numerator of one of torch's losses by."""
+        weight = self.weight(batch)
+        if weight is None or self.torch_loss is None:
+            return 1.0
+        denominator = self.torch_loss.parts(output, self.target(batch))[1]
+        return weight if denominator is None else weight / denominator
+
     def terms(self, output: Any, batch: Any) -> tuple[Tensor, Tensor, Share]:
         """The loss of each datum and its weight, both (N,), and the share of the batch."""
         weight = self.weight(batch)
         if self.torch_loss is not None:
             terms, weights = self.torch_loss.terms(output, self.target(batch))
-            total = weights.sum() if self.torch_loss.is_mean else None
-            if weight is not None:
-                factor = weight if total is None else weight / total
-                terms, weights, total = terms * factor, weights * factor, weight
-            return terms, weights, Share(terms.detach().sum(), total)
+            scale = self.scale(output, batch)
+            _, share = self.of(output, batch)
+            return terms * scale, weights * scale, share
         terms, denominators = _pair(self._result(output, batch))
         shape = getattr(terms, "shape", ())
         if len(shape) != 1 or getattr(denominators, "shape", None) != shape or weight is not None:
@@ -136,8 +144,12 @@ class Objective:
         return self.loss.loss_fn(output, self.target(batch)) if self.loss.output else output
 
 
-def _call(model: nn.Module, input: Any) -> Any:
-    return model(**input) if isinstance(input, Mapping) else model(input)
+def _of_input(model: nn.Module, pair: Any) -> Any:
+    return model(**pair[0]) if isinstance(pair[0], Mapping) else model(pair[0])
+
+
+def _second(pair: Any) -> Any:
+    return pair[1]
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
@@ -189,9 +201,6 @@ class Mean:
 
     def __init__(self) -> None:
         self.shares: list[Share] = []
-
-    def add(self, share: Share) -> None:
-        self.shares.append(share)
 
     def check(self) -> None:
         """Raise when a loss is not finite, or when batches of unknown weight differ."""

@@ -124,6 +124,7 @@ class Draws:
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
+        """Put the state back."""
         torch.set_rng_state(self._torch)
         for device, state in enumerate(self._cuda):
             torch.cuda.set_rng_state(state, device)

@@ -41,6 +41,11 @@ class Processes:
             return False
         return dist.get_world_size(self.group) > 1
 
+    @property
+    def rank(self) -> int:
+        """This process's number among them, 0 where it is alone."""
+        return dist.get_rank(self.group) if self.several else 0
+
     def add_up(self, total: Tensor, numbers: list[float], error: Exception | None) -> tuple[Tensor, list[float]]:
         """The sums over all processes of a tensor, of the same shape on each, and of some numbers.
 

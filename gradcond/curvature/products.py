@@ -49,6 +49,7 @@ def duals(parameters: Mapping[str, Tensor], tangents: Parts) -> Iterator[dict[st
 
 
 def primal_and_tangent(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of a dual number; zero is the tangent of any other."""
     primal, tangent = forward_ad.unpack_dual(z)
     return primal, torch.zeros_like(primal) if tangent is None else tangent
 
@@ -83,14 +84,14 @@ def probe(
         if method != "auto":
             raise
         return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds)
-    error = relative_difference(result, reference)
-    if not error <= _agreement(dtype):
+    difference = relative_difference(result, reference)
+    if not difference <= _agreement(dtype):
         if method != "auto":
             raise ValueError(
-                f"forward over reverse differs from double backward by {error:.1e} of the product: an operation of "
-                'the model has no or a wrong forward derivative; use method="double_backward"'
+                f"forward over reverse differs from double backward by {difference:.1e} of the product: an "
+                'operation of the model has no or a wrong forward derivative; use method="double_backward"'
             )
-        return Probe("double_backward", f"forward over reverse differs by {error:.1e}", seconds)
+        return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds)
     if method != "auto":
         return Probe(method, "asked for, and agrees with double backward")
     # a tenth: near a tie the choice, and with it the rounding, should not depend on the load of the machine
@@ -120,6 +121,7 @@ def _agreement(dtype: torch.dtype) -> float:
 
 
 def relative_difference(parts: Parts, others: Parts) -> float:
+    """The norm of the difference over that of the others."""
     a, b = (torch.cat([part.detach().reshape(-1).double() for part in side]) for side in (parts, others))
     return float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
 

@@ -93,7 +93,11 @@ def _parts(thing: Any, depth: int) -> Iterator[Any]:
             yield from _of_function(thing)
     elif isinstance(thing, nn.Module) or (hasattr(thing, "__dict__") and depth < 4):
         if not isinstance(thing, type | types.ModuleType):
-            yield from (item for pair in vars(thing).items() for item in pair)
+            for name, value in vars(thing).items():
+                # most of a module is empty tables of hooks: left out for speed
+                if value is not None and not (isinstance(value, dict) and not value):
+                    yield name
+                    yield value
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Any]:
