@@ -1,8 +1,11 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
 
+from gradcond.curvature.adaptive import optimizer_factor
+from gradcond.curvature.composed import Block, Combination
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
+from gradcond.curvature.factors import DiagonalFactor, Factor, KroneckerFactor, ProductFactor
 from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
@@ -13,20 +16,27 @@ from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [
     "GGN",
+    "Block",
+    "Combination",
     "ConditionNumber",
+    "DiagonalFactor",
     "Eigenpairs",
     "Estimate",
     "ExactSpectrum",
+    "Factor",
     "Hessian",
+    "KroneckerFactor",
     "Operator",
     "Preconditioned",
     "Preflight",
+    "ProductFactor",
     "SpectralDensity",
     "Tridiagonal",
     "condition_number",
     "diagonal",
     "eigsh",
     "exact_spectrum",
+    "optimizer_factor",
     "preflight",
     "spectral_density",
     "trace",
