@@ -29,9 +29,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from checkpoints import Checkpoint, load_checkpoint
 from command import InputError, labels, require_folder
+from matrices import DTYPES, add_options, matrix_at, model_at, positive, saved_preconditioner
 from problems import Problem, load_problem, to
 from spectra import Arrays, Keep, Numbers, measure, measure_exact
 from spectrum_figure import draw
@@ -45,8 +45,6 @@ from unfinished import Unfinished, forget
 from gradcond import curvature
 
 MEASURED = ("num_matvecs", "num_probes", "kappa_matvecs", "top", "seed")  # options passed on
-OPERATORS: dict[str, Any] = {"hessian": curvature.Hessian, "ggn": curvature.GGN}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "as-is": None}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,42 +54,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, metavar="CKPT", help="file that torch.save wrote")
-    add("--problem", type=Path, metavar="FILE.py", help="defines build_model(), load_data(), loss_fn")
+    add_options(add)
     add("--out", type=Path, required=True, metavar="DIR", help="gets spectrum.json, .npz and .png")
     add("--redraw", action="store_true", help="only draw the pictures again from the other two files")
     add("--preconditioned", action="store_true", help="also of P^T H P, P from the saved optimizer")
-    add("--operator", choices=OPERATORS, default="hessian", help="the matrix H")
-    add("--mode", choices=("eval", "train"), default="eval", help="the mode of the modules, such as BatchNorm")
-    add("--dtype", choices=DTYPES, default="as-is", help="of model and data; as-is: as build_model() makes it")
-    add("--device", type=_device, default="cpu", help="where to compute, such as cuda")
-    add("--num-matvecs", type=_positive, default=80, metavar="M", help="products per probe of the density")
-    add("--num-probes", type=_positive, default=5, metavar="K", help="random probes of the density")
-    add("--kappa-matvecs", type=_positive, default=200, metavar="M", help="most products for kappa")
-    add("--top", type=_positive, default=5, metavar="K", help="eigenvalues at each end")
-    add("--exact-below", type=int, default=4000, metavar="N", help="no estimates up to N parameters")
-    add("--seed", type=int, default=0, help="of probes, start vectors and shuffled data")
+    add("--num-matvecs", type=positive, default=80, metavar="M", help="products per probe of the density")
+    add("--num-probes", type=positive, default=5, metavar="K", help="random probes of the density")
+    add("--top", type=positive, default=5, metavar="K", help="eigenvalues at each end")
     args = parser.parse_args(argv)
     if args.redraw == bool(args.checkpoints or args.problem):
         parser.error("expected CKPT... and --problem FILE.py, or --redraw and neither")
     if not args.redraw and not (args.checkpoints and args.problem):
         parser.error(f"expected {'--problem FILE.py' if args.checkpoints else 'at least one CKPT'} as well")
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"expected a device that is here, got {text!r}: {reason}") from error
 
 
 def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
@@ -119,22 +94,15 @@ def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
 
 def prepare(problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[nn.Module, Any, list[str]]:
     """Return the model at the checkpoint, P when asked for, and notes for the user."""
-    model = problem.build_model(seed=args.seed).to(args.device, DTYPES[args.dtype])
-    notes = checkpoint.load_into(model)
-    model.train(args.mode == "train")
+    model, notes = model_at(problem, checkpoint, args)
     if not args.preconditioned:
         return model, None, notes
-    from gradcond import load_preconditioner
-
     if checkpoint.optimizer is None:
         raise InputError(
             f"--preconditioned needs the optimizer's state, but {checkpoint.path} holds none; save "
             '{"model": model.state_dict(), "optimizer": optimizer.state_dict()} or leave the option out'
         )
-    try:
-        return model, load_preconditioner(model, checkpoint.optimizer), notes
-    except ValueError as error:
-        raise InputError(f"{checkpoint.path}, its optimizer's state: {error}") from error
+    return model, saved_preconditioner(model, checkpoint), notes
 
 
 def analyse_one(
@@ -146,13 +114,7 @@ def analyse_one(
 ) -> tuple[Numbers, Arrays]:
     """Return the numbers and arrays of one checkpoint, "VARIANT/NAME"."""
     model, preconditioner, notes = prepare(problem, checkpoint, args)
-    try:
-        hessian = OPERATORS[args.operator](model, problem.loss_fn, data, weight_fn=problem.weight_fn)
-        loss = float(hessian.loss())
-    except Exception as error:
-        raise InputError(
-            f"the model and the data of {problem.path} do not go together: {type(error).__name__}: {error}"
-        ) from error
+    hessian, loss = matrix_at(problem, model, data, args)
     entry: Numbers = {"parameters": hessian.shape[0], "loss": loss, "notes": notes}
     arrays: Arrays = {}
     unfinished = Unfinished(args.out, *identity(problem, checkpoint, args), loss.hex(), versions())

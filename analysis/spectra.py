@@ -63,10 +63,10 @@ def measure(
         "exact": False,
         "largest": _pairs(largest),
         "smallest": _pairs(smallest),
-        "trace": _scalars(trace),
-        "condition": _scalars(condition),
-        "density": _scalars(density),
-        "bulk": _bulk(density, float(condition.noise_floor), float(condition.lambda_max)),
+        "trace": scalars(trace),
+        "condition": scalars(condition),
+        "density": scalars(density),
+        "bulk": bulk(density, float(condition.noise_floor), float(condition.lambda_max)),
         "num_matvecs": sum(r.num_matvecs for r in (largest, smallest, condition, density, trace)),
     }
     ends = {
@@ -92,9 +92,9 @@ def measure_exact(matrix: Callable[[], Any], keep: Keep, *, top: int) -> tuple[N
         "exact": True,
         **{end: _known(own, spectrum.error) for end, own in ends.items()},
         "trace": {"estimate": spectrum.trace, "std_error": 0.0, "num_matvecs": len(values)},
-        "condition": _scalars(condition),
-        "density": _scalars(spectrum.density),
-        "bulk": _bulk(spectrum.density, float(condition.noise_floor), float(condition.lambda_max)),
+        "condition": scalars(condition),
+        "density": scalars(spectrum.density),
+        "bulk": bulk(spectrum.density, float(condition.noise_floor), float(condition.lambda_max)),
         "num_matvecs": len(values),
     }
     arrays = {name: _array(getattr(spectrum.density, name)) for name in ARRAYS[2:]}
@@ -115,7 +115,7 @@ def _known(values: Tensor, error: float) -> Numbers:
     }
 
 
-def _bulk(density: Any, floor: float, largest: float) -> Numbers:
+def bulk(density: Any, floor: float, largest: float) -> Numbers:
     """How far the largest eigenvalue stands out of the middle of those that can be told from zero.
 
     Where few Lanczos steps leave the bulk unresolved, the median moves by orders of magnitude from probe to
@@ -139,7 +139,7 @@ def _pairs(pairs: Any) -> Numbers:
     return {**{name: getattr(pairs, name).tolist() for name in names}, "num_matvecs": pairs.num_matvecs}
 
 
-def _scalars(result: Any) -> Numbers:
+def scalars(result: Any) -> Numbers:
     """The fields of a result that are single numbers."""
     fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     fields = {

@@ -50,12 +50,12 @@ def _row(variant: str, numbers: Mapping[str, Any]) -> tuple[str, ...]:
         _text(numbers["smallest"]["eigenvalues"][0]),
         _text(numbers["trace"]["estimate"]),
         _text(numbers["trace"]["std_error"], 2),
-        _ratio(numbers),
+        ratio(numbers),
         str(numbers["num_matvecs"]),
     )
 
 
-def _ratio(numbers: Mapping[str, Any]) -> str:
+def ratio(numbers: Mapping[str, Any]) -> str:
     """Return lambda max / median as text; an estimated one by the range over probes, since it is uncertain."""
     bulk = numbers["bulk"]
     if numbers["exact"]:

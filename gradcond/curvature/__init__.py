@@ -1,8 +1,11 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
 
+from gradcond.curvature.adaptive import optimizer_factor
+from gradcond.curvature.composed import Block, Combination
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
+from gradcond.curvature.factors import DiagonalFactor, Factor, KroneckerFactor, ProductFactor
 from gradcond.curvature.fisher import EmpiricalFisher, MonteCarloFisher
 from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.objective import ModelLoss
@@ -15,23 +18,30 @@ from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [
     "GGN",
+    "Block",
+    "Combination",
     "ConditionNumber",
+    "DiagonalFactor",
     "Eigenpairs",
     "EmpiricalFisher",
     "Estimate",
     "ExactSpectrum",
+    "Factor",
     "Hessian",
+    "KroneckerFactor",
     "ModelLoss",
     "MonteCarloFisher",
     "Operator",
     "Preconditioned",
     "Preflight",
+    "ProductFactor",
     "SpectralDensity",
     "Tridiagonal",
     "condition_number",
     "diagonal",
     "eigsh",
     "exact_spectrum",
+    "optimizer_factor",
     "preflight",
     "spectral_density",
     "trace",

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcond.curvature.operators import Operator, Products, generator_from
+from gradcond.curvature.composed import as_operator
+from gradcond.curvature.factors import require_factor
+from gradcond.curvature.operators import Operator, generator_from, working_dtype
 
 
 class Preconditioned(Operator):
@@ -18,7 +20,9 @@ class Preconditioned(Operator):
 
     Args:
         H: any symmetric (n, n) thing with ``shape`` and ``@``.
-        M: has ``factor(z)``, P z, and ``factor_transpose(v)``, P^T v, for (n,) or (n, k).
+        M: has ``factor(z)``, P z, and ``factor_transpose(v)``, P^T v, for (n,) or (n, k): the ``preconditioner()``
+            of a wrapped optimizer, `optimizer_factor`, `KroneckerFactor`, `DiagonalFactor`, `Factor` of two
+            functions, or a `ProductFactor` of several.
 
     Raises:
         TypeError: M has no factor and factor_transpose.
@@ -34,17 +38,15 @@ class Preconditioned(Operator):
     """
 
     def __init__(self, H: Any, M: Any) -> None:
-        if not (hasattr(M, "factor") and hasattr(M, "factor_transpose")):
-            raise TypeError(f"expected M with factor and factor_transpose, got {type(M).__name__}")
-        self.H, self.M = Products(H), M
-        super().__init__(self.H.n, self.H.dtype, self.H.device)
+        self.M, self.H = require_factor(M), as_operator(H)
+        super().__init__(self.H.shape[0], self.H.dtype, self.H.device, parts=[self.H])
         generator = generator_from(0)
-        u, v = self.H.gaussian(generator), self.H.gaussian(generator)
-        left = self._apply("factor", u).double() @ v.double()
-        right = u.double() @ self._apply("factor_transpose", v).double()
-        scale = self._apply("factor", u).double().norm() * v.double().norm()
+        u, v = (torch.randn(self.shape[0], generator=generator, dtype=torch.float64) for _ in range(2))
+        u, v = (w.to(self.device, working_dtype(self.dtype)) for w in (u, v))
+        image = self._apply("factor", u).double()
+        left, right = image @ v.double(), u.double() @ self._apply("factor_transpose", v).double()
         tolerance = 1e3 * torch.finfo(u.dtype).eps
-        if not float((left - right).abs()) <= tolerance * float(scale):
+        if not float((left - right).abs()) <= tolerance * float(image.norm() * v.double().norm()):
             raise ValueError(
                 f"expected <P u, v> = <u, P^T v>, got {float(left):.6g} and {float(right):.6g}; "
                 "factor_transpose must be the transpose of factor"
@@ -57,4 +59,4 @@ class Preconditioned(Operator):
         return out.to(v.dtype)
 
     def _columns(self, V: Tensor) -> Tensor:
-        return self._apply("factor_transpose", self.H(self._apply("factor", V)))
+        return self._apply("factor_transpose", self.H @ self._apply("factor", V))

@@ -1,0 +1,180 @@
+"""Print condition numbers at checkpoints, before and after preconditioning, per layer and per output unit.
+
+    python analysis/condition_number.py CKPT... --problem FILE.py --out DIR [--operator ggn] [...]
+
+FILE.py defines build_model(), load_data() and loss_fn (see problems.py); a CKPT is what torch.save wrote (see
+checkpoints.py). Each row is a part of the parameters and each column a matrix on it: H itself; P^T H P for the
+conditioners in the checkpoint's optimizer state; and for the diagonal that Adam, AdamW, RMSprop or Adagrad
+divide by, if it holds one. The last column is the floor of BNP, see input_correlation.py. What cannot be told
+from zero is never a number: "> x, unresolved below y". DIR gets, each whole or not at all:
+
+condition.json  "format": 1; settings, versions; per checkpoint label, path, loss, variants (the columns) and
+                "blocks": name, kind, parameters, kappa by variant (see gradcond.curvature.ConditionNumber;
+                "exact": by all eigenvalues), "units" (count, measured, and the same by variant as lists, with min,
+                median and max of kappa as [at least, at most]) and "input_correlation". The first block is all
+                parameters. Strict JSON: NaN and infinity are null.
+condition.png   kappa by layer, drawn from this file alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkpoints import Checkpoint, load_checkpoint
+from command import labels, require_folder, write_json
+from condition_figure import draw
+from condition_table import print_table
+from conditions import Conditions
+from input_correlation import LARGEST, condition, watching
+from layer_blocks import LayerBlock, find_blocks
+from matrices import DTYPES, add_options, matrix_at, model_at, positive, saved_preconditioner
+from problems import Problem, load_problem, to
+from spectra import Numbers
+from spectrum_files import versions
+from torch import nn
+from tqdm import tqdm
+
+from gradcond import curvature
+
+FORMAT = 1  # to be raised when a reader of the old files would misread the new
+SQUARES = {"exp_avg_sq", "square_avg", "sum"}  # what adaptive optimizers keep
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(
+        description="Condition numbers at checkpoints, before and after preconditioning, per layer and unit.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_options(parser.add_argument)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets condition.json and .png")
+    parser.add_argument(
+        "--units", type=positive, default=8, metavar="K", help="output units of a layer where not all are exact"
+    )
+    args = parser.parse_args(argv)
+    if not (args.checkpoints and args.problem):
+        parser.error("expected CKPT... and --problem FILE.py")
+    return args
+
+
+def analyse(args: argparse.Namespace) -> Numbers:
+    """Return the report of all checkpoints; inputs are checked before the first product."""
+    problem = load_problem(args.problem)
+    checkpoints = [load_checkpoint(path) for path in args.checkpoints]
+    for checkpoint in checkpoints:
+        prepare(problem, checkpoint, args)
+    data = [to(batch, args.device, DTYPES[args.dtype]) for batch in problem.load_data(seed=args.seed)]
+    report: Numbers = {"settings": vars(args), "checkpoints": []}
+    with tqdm(unit="product", desc="condition numbers", mininterval=0.5) as bar:
+        for label, checkpoint in zip(labels(args.checkpoints), checkpoints, strict=True):
+            left = len(checkpoints) - len(report["checkpoints"])
+            entry = analyse_one(problem, checkpoint, data, args, bar, left)
+            report["checkpoints"].append({"label": label, "path": str(checkpoint.path), **entry})
+        bar.total = bar.n  # what is known by now
+    return report
+
+
+def prepare(
+    problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace
+) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    """Return the model at the checkpoint, the factor P of each variant, and notes for the user."""
+    model, notes = model_at(problem, checkpoint, args)
+    state, factors = checkpoint.optimizer or {}, dict[str, Any](plain=None)
+    if "gradcond" in state:
+        P = saved_preconditioner(model, checkpoint)
+        factors[", ".join(conditioner["name"] for conditioner in state["gradcond"]["chain"]) or "conditioned"] = P
+    if any(SQUARES & own.keys() for own in state.get("state", {}).values()):
+        try:
+            diagonal = curvature.optimizer_factor(state, model)
+        except ValueError as error:
+            notes.append(f"{checkpoint.path}: the diagonal of its optimizer is left out: {error}")
+        else:
+            factors[diagonal.kind] = diagonal
+            if diagonal.without_state:
+                notes.append(f"{checkpoint.path}: no step yet of {', '.join(diagonal.without_state)}")
+    if len(factors) == 1:
+        notes.append(f"{checkpoint.path} holds no conditioner and no adaptive optimizer: before is all there is")
+    return model, factors, notes
+
+
+def analyse_one(
+    problem: Problem, checkpoint: Checkpoint, data: Any, args: argparse.Namespace, bar: tqdm, left: int
+) -> Numbers:
+    """Return the numbers of one checkpoint, the first of those left."""
+    model, factors, notes = prepare(problem, checkpoint, args)
+    matrix, loss = matrix_at(problem, model, data, args)
+    blocks = find_blocks(matrix.model)
+    with watching(blocks) as correlations:
+        matrix.loss()
+    wide = [block.name for block in blocks if block.layer is not None and block.layer.fan_in > LARGEST]
+    if wide:
+        notes.append(f"{', '.join(wide)}: no correlation of more than {LARGEST} inputs")
+    bar.total = bar.n + left * _products(blocks, len(factors), args)
+    bar.refresh()
+    conditions = Conditions(
+        matrix,
+        factors,
+        exact_below=args.exact_below,
+        max_matvecs=args.kappa_matvecs,
+        seed=args.seed,
+        report=bar.update,
+    )
+    whole = {"name": "all", "kind": "", "parameters": matrix.shape[0], "kappa": conditions.of_all()}
+    entries = [whole | {"units": None, "input_correlation": None}]
+    for block in blocks:
+        bar.set_postfix_str(block.name)
+        groups = correlations.get(block.name)
+        entries.append(
+            {
+                "name": block.name,
+                "kind": block.kind,
+                "parameters": len(block.index),
+                "kappa": conditions.of_block(block.index),
+                "units": conditions.of_units(block, args.units) if block.units else None,
+                "input_correlation": condition(groups) if groups else None,
+            }
+        )
+    return {
+        "parameters": matrix.shape[0],
+        "loss": loss,
+        "notes": notes,
+        "variants": list(factors),
+        "blocks": entries,
+    }
+
+
+def _products(blocks: Sequence[LayerBlock], variants: int, args: argparse.Namespace) -> int:
+    """Guess how many products a checkpoint takes."""
+    n = sum(len(block.index) for block in blocks)
+    if n <= args.exact_below:
+        return n
+    sizes = [n, *(len(block.index) for block in blocks)]
+    sizes += [len(unit) for block in blocks for unit in block.units[: args.units]]
+    return variants * sum(size if size <= args.kappa_matvecs else 2 * args.kappa_matvecs for size in sizes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after telling what is wrong with the input."""
+    args = parse(argv)
+    try:
+        require_folder(args.out)
+        report = analyse(args)
+    except ValueError as error:  # ours, and those of gradcond.curvature
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    path = args.out / "condition.json"
+    write_json(path, {"format": FORMAT, "versions": versions(), **report})
+    report = json.loads(path.read_text(encoding="utf-8"))  # as a reader will see it
+    print_table(report)
+    draw(report, args.out / "condition.png")
+    print(f"wrote {args.out}/condition.{{json,png}}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

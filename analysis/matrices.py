@@ -1,0 +1,82 @@
+"""The matrix that a command measures: its options, and the operator at a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import Checkpoint
+from command import InputError
+from problems import Problem
+from torch import nn
+
+from gradcond import curvature, load_preconditioner
+
+OPERATORS: dict[str, Any] = {"hessian": curvature.Hessian, "ggn": curvature.GGN}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "as-is": None}
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """Add the options that say which matrix, where and how it is computed."""
+    add("checkpoints", nargs="*", type=Path, metavar="CKPT", help="file that torch.save wrote")
+    add("--problem", type=Path, metavar="FILE.py", help="defines build_model(), load_data(), loss_fn")
+    add("--operator", choices=OPERATORS, default="hessian", help="the matrix H")
+    add("--mode", choices=("eval", "train"), default="eval", help="the mode of the modules, such as BatchNorm")
+    add("--dtype", choices=DTYPES, default="as-is", help="of model and data; as-is: as build_model() makes it")
+    add("--device", type=_device, default="cpu", help="where to compute, such as cuda")
+    add("--kappa-matvecs", type=positive, default=200, metavar="M", help="most products for kappa")
+    add("--exact-below", type=int, default=4000, metavar="N", help="no estimates up to N parameters")
+    add("--seed", type=int, default=0, help="of probes, start vectors and shuffled data")
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device that is here, got {text!r}: {reason}") from error
+
+
+def model_at(problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[nn.Module, list[str]]:
+    """Return the model as the checkpoint saved it, and notes for the user."""
+    model = problem.build_model(seed=args.seed).to(args.device, DTYPES[args.dtype])
+    notes = checkpoint.load_into(model)
+    return model.train(args.mode == "train"), notes
+
+
+def saved_preconditioner(model: nn.Module, checkpoint: Checkpoint) -> Any:
+    """Return the preconditioner of the wrapped optimizer in the checkpoint.
+
+    Raises:
+        InputError: if there is none, or it is of another model.
+    """
+    try:
+        return load_preconditioner(model, checkpoint.optimizer or {})
+    except ValueError as error:
+        raise InputError(f"{checkpoint.path}, its optimizer's state: {error}") from error
+
+
+def matrix_at(problem: Problem, model: nn.Module, data: Any, args: argparse.Namespace) -> tuple[Any, float]:
+    """Return the operator over the model's parameters, and the loss.
+
+    Raises:
+        InputError: if the model and the data do not go together.
+    """
+    try:
+        operator = OPERATORS[args.operator](model, problem.loss_fn, data, weight_fn=problem.weight_fn)
+        return operator, float(operator.loss())
+    except Exception as error:
+        raise InputError(
+            f"the model and the data of {problem.path} do not go together: {type(error).__name__}: {error}"
+        ) from error
