@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
+from gradcond.curvature.products import Probe
 
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
 KIBIBYTE = 1024 if sys.platform == "darwin" else 1
@@ -82,8 +83,8 @@ def test_a_wrong_forward_derivative_is_found(kind, dense):
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns(kind, together, chunk):
     model, x, y = problem()
-    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], chunk=chunk, method="double_backward")
-    H._batching = together
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], chunk=chunk)
+    H.probe, H._batching = Probe("double_backward", "for the test"), together
     V = torch.randn(H.shape[0], 5)
     one_by_one = torch.stack([H @ v for v in V.unbind(1)], 1)
     torch.testing.assert_close(H @ V, one_by_one, rtol=0, atol=1e-13)
@@ -299,6 +300,20 @@ def test_blocks(kind, method):
         H.block("0.*", "fc*")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_block_of_an_index_is_that_of_names_where_it_can_be(kind):
+    model, x, y = problem()
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], chunk=3)
+    dense, weight, bias = H.to_dense(), H.slices["0.weight"], H.slices["3.bias"]
+    whole = torch.cat([torch.arange(H.shape[0])[own] for own in (weight, bias)])
+    cases = {"whole": (whole, True), "permuted": (whole.flip(0), False), "part": (whole[1:], False)}
+    for index, by_names in cases.values():
+        block = H.block(index)
+        assert hasattr(block, "names") == by_names and block.chunk == 3
+        torch.testing.assert_close(block.to_dense(), dense[index][:, index], rtol=0, atol=1e-13)
+    assert H.block(whole).names == ["0.weight", "3.bias"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_block_costs_what_it_needs(method):
     ran = []
@@ -423,7 +438,7 @@ def test_bad_options():
     model, x, y = problem()
     with pytest.raises(ValueError, match=r"expected method in .*got 'reverse'"):
         Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="reverse")
-    with pytest.raises(ValueError, match="chunk >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"chunk must be None or .*, got 0"):
         Hessian(model, nn.CrossEntropyLoss(), [(x, y)], chunk=0)
     with pytest.raises(ValueError, match="output="):
         ModelLoss(lambda model, batch: 0, target=lambda batch: batch)

@@ -42,8 +42,11 @@ class Hessian(LossOperator):
             one-shot iterator is read into a list. A mapping as input is passed as keyword arguments.
         weight_fn: ``weight_fn(batch)``, the weight of a batch's loss in the mean.
         method: "auto", "double_backward" or "forward_over_reverse". The choice of "auto" can differ from run to
-            run, and with it the rounding.
-        chunk: how many columns of ``H @ V`` share a backward pass where that is measured to be faster.
+            run, and with it the rounding; with a method asked for nothing is timed.
+        chunk: most columns of ``H @ V`` that share the forward pass, None for all; less memory, more passes.
+        process_group: processes whose batches together are the data, under torchrun, say: a group, None for the
+            default group where torch.distributed has one, or False for this process alone. They may hold
+            different numbers of batches. Every process must join each product, with the same vector.
 
     Raises:
         ValueError: no trainable parameter or no batch; in products also a loss that is not scalar or not

@@ -21,6 +21,8 @@ from gradcond.curvature.processes import Processes
 from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching_pays, grad, probe
 from gradcond.curvature.snapshot import Snapshot
 
+TOGETHER = 16  # columns of one vectorized backward pass
+
 
 class Evaluation:
     """One batch of the objective, evaluated as often as a product needs, each time on the same random draws."""
@@ -72,25 +74,24 @@ class LossOperator(Operator):
         *,
         weight_fn: Callable[[Any], Any] | None = None,
         method: str = "auto",
-        chunk: int = 16,
+        chunk: int | None = None,
         process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
         if method not in METHODS:
             raise ValueError(f"expected method in {METHODS}, got {method!r}")
-        if chunk < 1:
-            raise ValueError(f"expected chunk >= 1, got {chunk}")
         self.model, self.loss_fn, self.objective = unwrap(model), loss_fn, Objective(loss_fn, weight_fn)
         self.data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
         self.processes = Processes(process_group)
         if num_batches(data) == 0 and not self.processes.several:
             raise ValueError("expected at least one batch, got an empty data set")
-        self.method, self.chunk = method, chunk
+        self.method = method
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         if not self.names:
             raise ValueError("expected a model with trainable parameters, but none requires grad")
         self._take_shape()
+        self.chunk = chunk
         self._noise: float | None = None
         self._seed = 0
 
@@ -117,24 +118,42 @@ class LossOperator(Operator):
         ends = torch.tensor([p.numel() for p in self.parameters]).cumsum(0).tolist()
         return {name: slice(start, end) for name, start, end in zip(self.names, [0, *ends], ends, strict=False)}
 
-    def block(self, *patterns: str) -> LossOperator:
-        """The diagonal block of the parameters whose names match a glob pattern, at the cost of the block.
+    def block(self, *which: Any) -> Operator:
+        """The diagonal block of the parameters whose names match a glob pattern, or of an index as for any matrix.
+
+        The block of whole parameters costs what the block needs, not a product of the whole.
 
         >>> from gradcond.curvature import Hessian
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
         >>> H = Hessian(model, torch.nn.MSELoss(), [(torch.ones(4, 2), torch.zeros(4, 1))])
-        >>> H.names, H.block("1.*").names, H.block("*.weight").shape
-        (['0.weight', '0.bias', '1.weight', '1.bias'], ['1.weight', '1.bias'], (9, 9))
+        >>> H.names, H.block("1.*").names, H.block("*.weight").shape, H.block([0, 2]).shape
+        (['0.weight', '0.bias', '1.weight', '1.bias'], ['1.weight', '1.bias'], (9, 9), (2, 2))
 
         Raises:
-            ValueError: a pattern matches none of ``names``.
+            ValueError: a pattern matches none of ``names``; an index is not as expected.
         """
-        for pattern in patterns:
+        if not which or not all(isinstance(pattern, str) for pattern in which):
+            block = super().block(*which)
+            names = self._whole(block.index)
+            return block if names is None else self._of(names)
+        for pattern in which:
             if not fnmatch.filter(self.names, pattern):
                 raise ValueError(f"no parameter matches {pattern!r}; expected a pattern for some of {self.names}")
+        return self._of([name for name in self.names if any(fnmatch.fnmatchcase(name, p) for p in which)])
+
+    def _whole(self, index: Tensor) -> list[str] | None:
+        """The parameters that an index goes through whole and in order, None where it does not."""
+        held = torch.zeros(self.shape[0], dtype=torch.bool)
+        held[index.cpu()] = True
+        names = [name for name, own in self.slices.items() if bool(held[own].all())]
+        count = sum(own.stop - own.start for name, own in self.slices.items() if name in names)
+        return names if count == len(index) and bool((index.diff() > 0).all()) else None
+
+    def _of(self, names: list[str]) -> LossOperator:
         block = copy.copy(self)
-        block.names = [name for name in self.names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+        block.names = names
         block._take_shape()
+        block.chunk = self.chunk
         return block
 
     def release(self) -> None:
@@ -272,16 +291,16 @@ class LossOperator(Operator):
         return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, reuse, self.dtype)
 
     def _push(self, product: Product, V: Tensor) -> Tensor:
-        """The product with each column of V (n, k), ``chunk`` at a time where that is faster than one by one."""
-        together = V.shape[1] > 1 and self.chunk > 1 and self._batches(product, V)
-        width = self.chunk if together else 1
+        """The product with each column of V (n, k), several in one pass where that is faster than one by one."""
+        together = V.shape[1] > 1 and self.method == "auto" and self._batches(product, V)
+        width = TOGETHER if together else 1
         rows = [self._rows(product(self._split(part, together), together), len(part)) for part in V.mT.split(width)]
         return torch.cat(rows).mT
 
     def _batches(self, product: Product, V: Tensor) -> bool:
         if self._batching is None:
             forward = self.probe is not None and self.probe.method == "forward_over_reverse"
-            stacked = self._split(V.mT[: self.chunk], True)
+            stacked = self._split(V.mT[:TOGETHER], True)
             self._batching = not forward and batching_pays(product, stacked, self.dtype)
         return self._batching
 

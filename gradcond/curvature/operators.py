@@ -117,7 +117,7 @@ class Operator(ABC):
         """A + s I, whose eigenvalues are those of A plus s."""
         return _combined((1.0, self), shift=s)
 
-    def block(self, index: Any) -> Operator:
+    def block(self, index: Any, /) -> Any:
         """The principal sub-block A[index, index]: a slice, a mask (n,), or whole numbers, each once."""
         from gradcond.curvature.composed import Block
 

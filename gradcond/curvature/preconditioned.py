@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradcond.curvature.composed import as_operator
-from gradcond.curvature.factors import require_factor
+from gradcond.curvature.composed import Block, as_operator
+from gradcond.curvature.factors import Factor, require_factor
 from gradcond.curvature.operators import Operator, generator_from, working_dtype
 
 
@@ -51,6 +52,25 @@ class Preconditioned(Operator):
                 f"expected <P u, v> = <u, P^T v>, got {float(left):.6g} and {float(right):.6g}; "
                 "factor_transpose must be the transpose of factor"
             )
+
+    def block(self, index: Any, /) -> Operator:
+        """The principal sub-block; where P keeps to the index, P^T H P of the block of H, which can cost less."""
+        whole = Block(self, index)
+        own, n = whole.index, self.shape[0]
+        z = torch.zeros(n, dtype=working_dtype(self.dtype), device=self.device)
+        z[own] = torch.randn(len(own), generator=generator_from(1), dtype=torch.float64).to(z)
+        outside = torch.ones(n, dtype=torch.bool, device=self.device)
+        outside[own] = False
+        if any(bool(self._apply(name, z)[outside].any()) for name in ("factor", "factor_transpose")):
+            return whole
+
+        def restricted(name: str, v: Tensor) -> Tensor:
+            padded = v.new_zeros(n, *v.shape[1:])
+            padded[own] = v
+            return self._apply(name, padded)[own]
+
+        P = Factor(partial(restricted, "factor"), partial(restricted, "factor_transpose"))
+        return Preconditioned(self.H.block(own), P)
 
     def _apply(self, name: str, v: Tensor) -> Tensor:
         out = getattr(self.M, name)(v)
