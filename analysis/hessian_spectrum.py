@@ -140,7 +140,9 @@ def analyse_one(
     """Return the numbers and arrays of one checkpoint, "VARIANT/NAME"."""
     model, preconditioner, notes = prepare(problem, checkpoint, args)
     try:
-        hessian = OPERATORS[args.operator](model, problem.loss_fn, data, weight_fn=problem.weight_fn)
+        # nothing timed decides how products are computed: the same run gives the same bits
+        fixed = {"method": "double_backward", "chunk": 1}
+        hessian = OPERATORS[args.operator](model, problem.loss_fn, data, weight_fn=problem.weight_fn, **fixed)
         loss = float(hessian.loss())
     except Exception as error:
         raise InputError(

@@ -119,9 +119,7 @@ UNEVEN = {
 def test_unknown_weights_raise(name):
     loss_fn, data = UNEVEN[name]
     H = Hessian(tokens(), loss_fn, data)
-    with pytest.raises(
-        ValueError, match=r"unknown weighting on uneven .*numerator, denominator.*weight_fn"
-    ):
+    with pytest.raises(ValueError, match=r"unknown weighting on uneven .*numerator, denominator.*weight_fn"):
         H @ torch.ones(H.shape[0])
     Hessian(tokens(), loss_fn, data[:1]).loss()  # one batch weighs what it weighs
     Hessian(tokens(), loss_fn, data, weight_fn=lambda batch: 1.0).loss()

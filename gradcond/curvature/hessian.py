@@ -41,9 +41,9 @@ class Hessian(LossOperator):
         data: iterable of batches (input, target), of any form for a ModelLoss, gone through once per product. A
             one-shot iterator is read into a list. A mapping as input is passed as keyword arguments.
         weight_fn: ``weight_fn(batch)``, the weight of a batch's loss in the mean.
-        method: "auto", "double_backward" or "forward_over_reverse". The choice of "auto" can differ from run to
-            run, and with it the rounding.
-        chunk: how many columns of ``H @ V`` share a backward pass where that is measured to be faster.
+        method: "auto", "double_backward" or "forward_over_reverse". The choice of "auto" is timed: it, and with
+            it the rounding, can differ from run to run. Any other, with chunk=1, gives the same bits.
+        chunk: how many columns of ``H @ V`` at most share a backward pass, where that is measured to be faster.
 
     Raises:
         ValueError: no trainable parameter or no batch; in products also a loss that is not scalar or not
