@@ -94,8 +94,8 @@ def probe(
         return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds)
     if method != "auto":
         return Probe(method, "asked for, and agrees with double backward")
-    # a tenth: near a tie the choice, and with it the rounding, should not depend on the load of the machine
-    faster = seconds["forward_over_reverse"] < 0.9 * seconds["double_backward"]
+    # a quarter: near a tie the choice, and with it the rounding, should not depend on the load of the machine
+    faster = seconds["forward_over_reverse"] < 0.75 * seconds["double_backward"]
     return Probe("forward_over_reverse" if faster else "double_backward", "the faster one", seconds)
 
 
@@ -112,7 +112,7 @@ def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
         return False
     _, one_by_one = _timed(looped, stacked[0].device)
     columns = [torch.stack(parts) for parts in zip(*looped(), strict=True)]
-    return vectorized < 0.9 * one_by_one and relative_difference(together, columns) <= _agreement(dtype)
+    return vectorized < 0.75 * one_by_one and relative_difference(together, columns) <= _agreement(dtype)
 
 
 def _agreement(dtype: torch.dtype) -> float:
