@@ -85,7 +85,7 @@ class Conditions:
 
 
 def _block(matrix: Any, index: Tensor) -> Any:
-    return matrix[index][:, index] if isinstance(matrix, Tensor) else matrix.submatrix(index)
+    return matrix[index][:, index] if isinstance(matrix, Tensor) else matrix.block(index)
 
 
 def _listed(measured: Sequence[Numbers]) -> Numbers:

@@ -14,11 +14,16 @@ spectrum.npz    "INDEX/VARIANT/NAME", where NAME is one of eigenvalues (ascendin
                 nodes, weights, grid, density, cdf, std_error (of the density) as in
                 gradcond.curvature.SpectralDensity.
 spectrum.png    drawn from these two files alone.
+trajectory.png  of two checkpoints or more: how the ends and the condition number move, in the order given.
+
+A run that was interrupted or killed goes on when the same command is given again, with the same outcome: what it
+has measured waits in DIR/unfinished until all is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +33,14 @@ from checkpoints import Checkpoint, load_checkpoint
 from command import InputError, labels, require_folder
 from matrices import DTYPES, add_options, matrix_at, model_at, positive, saved_preconditioner
 from problems import Problem, load_problem, to
-from spectra import Arrays, Numbers, measure, measure_exact
+from spectra import Arrays, Keep, Numbers, measure, measure_exact
 from spectrum_figure import draw
-from spectrum_files import read, write
+from spectrum_files import read, versions, write
 from spectrum_table import print_table
 from torch import nn
 from tqdm import tqdm
+from trajectory_figure import draw_trajectory
+from unfinished import Unfinished, forget
 
 from gradcond import curvature
 
@@ -49,7 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_options(add)
     add("--out", type=Path, required=True, metavar="DIR", help="gets spectrum.json, .npz and .png")
-    add("--redraw", action="store_true", help="only draw DIR/spectrum.png again from the other two files")
+    add("--redraw", action="store_true", help="only draw the pictures again from the other two files")
     add("--preconditioned", action="store_true", help="also of P^T H P, P from the saved optimizer")
     add("--num-matvecs", type=positive, default=80, metavar="M", help="products per probe of the density")
     add("--num-probes", type=positive, default=5, metavar="K", help="random probes of the density")
@@ -110,21 +117,47 @@ def analyse_one(
     hessian, loss = matrix_at(problem, model, data, args)
     entry: Numbers = {"parameters": hessian.shape[0], "loss": loss, "notes": notes}
     arrays: Arrays = {}
-    exact = hessian.shape[0] <= args.exact_below
-    if exact:
+    unfinished = Unfinished(args.out, *identity(problem, checkpoint, args), loss.hex(), versions())
+
+    @functools.cache
+    def matrix() -> Any:
+        if hessian.shape[0] > args.exact_below:
+            return hessian
         hessian.check_deterministic()
-    matrix = hessian.to_dense(progress=report) if exact else hessian
-    variants = {"plain": matrix}
-    if preconditioner is not None:
-        variants["preconditioned"] = curvature.Preconditioned(matrix, preconditioner)
-    options = {name: getattr(args, name) for name in MEASURED}
-    for variant, operator in variants.items():
-        if exact:
-            entry[variant], own = measure_exact(operator, top=args.top)
-        else:
-            entry[variant], own = measure(operator, **options, report=report)
+        return hessian.to_dense(progress=report)
+
+    factors = {"plain": None} if preconditioner is None else {"plain": None, "preconditioned": preconditioner}
+    for variant, factor in factors.items():
+        keep = functools.partial(unfinished, variant)
+        entry[variant], own = measure_one(matrix, factor, keep, hessian.shape[0] <= args.exact_below, args, report)
         arrays |= {f"{variant}/{name}": values for name, values in own.items()}
+    if unfinished.found:
+        tqdm.write(f"{checkpoint.path}: {unfinished.found} results are of the run that was interrupted")
     return entry, arrays
+
+
+def measure_one(
+    matrix: Callable[[], Any],
+    factor: Any,
+    keep: Keep,
+    exact: bool,
+    args: argparse.Namespace,
+    report: Callable[[int], Any],
+) -> tuple[Numbers, Arrays]:
+    """Return the numbers and arrays of H, or of P^T H P when there is a factor P."""
+
+    def operator() -> Any:
+        return matrix() if factor is None else curvature.Preconditioned(matrix(), factor)
+
+    if exact:
+        return measure_exact(operator, keep, top=args.top)
+    return measure(operator(), keep, **{name: getattr(args, name) for name in MEASURED}, report=report)
+
+
+def identity(problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace) -> list[Any]:
+    """Return what the results of a checkpoint depend on: options and the contents of both files."""
+    options = {key: value for key, value in vars(args).items() if key not in ("checkpoints", "problem", "out")}
+    return [options, problem.path.read_bytes(), checkpoint.path.read_bytes()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,12 +169,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # ours, and those of gradcond.curvature
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     if not args.redraw:
         write(args.out, report, arrays)
+        forget(args.out)
         report, arrays = read(args.out)  # as a redrawing will see them
         print_table(report)
     draw(report, arrays, args.out / "spectrum.png")
     print(f"wrote {args.out}/spectrum.{'png' if args.redraw else '{json,npz,png}'}")
+    if len(report["checkpoints"]) > 1:
+        draw_trajectory(report, args.out / "trajectory.png")
+        print(f"wrote {args.out}/trajectory.png")
     return 0
 
 

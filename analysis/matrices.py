@@ -14,8 +14,13 @@ from problems import Problem
 from torch import nn
 
 from gradcond import curvature, load_preconditioner
+from gradcond.curvature.products import METHODS
 
-OPERATORS: dict[str, Any] = {"hessian": curvature.Hessian, "ggn": curvature.GGN}
+OPERATORS: dict[str, Any] = {
+    "hessian": curvature.Hessian,
+    "ggn": curvature.GGN,
+    "empirical-fisher": curvature.EmpiricalFisher,
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "as-is": None}
 
 
@@ -24,6 +29,12 @@ def add_options(add: Callable[..., Any]) -> None:
     add("checkpoints", nargs="*", type=Path, metavar="CKPT", help="file that torch.save wrote")
     add("--problem", type=Path, metavar="FILE.py", help="defines build_model(), load_data(), loss_fn")
     add("--operator", choices=OPERATORS, default="hessian", help="the matrix H")
+    add(
+        "--method",
+        choices=METHODS,
+        default="double_backward",
+        help="of its products; auto: the faster one, so that runs may differ in rounding",
+    )
     add("--mode", choices=("eval", "train"), default="eval", help="the mode of the modules, such as BatchNorm")
     add("--dtype", choices=DTYPES, default="as-is", help="of model and data; as-is: as build_model() makes it")
     add("--device", type=_device, default="cpu", help="where to compute, such as cuda")
@@ -74,7 +85,9 @@ def matrix_at(problem: Problem, model: nn.Module, data: Any, args: argparse.Name
         InputError: if the model and the data do not go together.
     """
     try:
-        operator = OPERATORS[args.operator](model, problem.loss_fn, data, weight_fn=problem.weight_fn)
+        operator = OPERATORS[args.operator](
+            model, problem.loss_fn, data, weight_fn=problem.weight_fn, method=args.method
+        )
         return operator, float(operator.loss())
     except Exception as error:
         raise InputError(

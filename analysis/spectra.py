@@ -18,10 +18,12 @@ ARRAYS = ("eigenvalues", "residuals", "nodes", "weights", "grid", "density", "cd
 
 Numbers = dict[str, Any]
 Arrays = dict[str, np.ndarray]
+Keep = Callable[[str, Callable[[], Any]], Any]
 
 
 def measure(
     operator: Any,
+    keep: Keep,
     *,
     num_matvecs: int,
     num_probes: int,
@@ -36,6 +38,7 @@ def measure(
 
     Args:
         operator: any symmetric (n, n) thing with `shape` and `@`.
+        keep: `keep(name, measure)` returns what `measure()` does, or what an earlier run has kept of it.
         num_matvecs: products per probe of the density; more than n are not spent.
         num_probes: random probes of the density.
         top: eigenvalues at each end; more than n are not sought.
@@ -46,32 +49,25 @@ def measure(
     Returns:
         Numbers for the report, and the arrays named in ARRAYS.
     """
-    counts: list[int] = []
-
-    def progress(products: int) -> None:
-        counts.append(products)
-        report(products)
-
     n = operator.shape[0]
-    common: Any = {"seed": seed, "progress": progress}
+    common: Any = {"seed": seed, "progress": report}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        largest = curvature.eigsh(operator, min(top, n), "LA", **common)
-        smallest = curvature.eigsh(operator, min(top, n), "SA", **common)
-    condition = curvature.condition_number(operator, max_matvecs=kappa_matvecs, **common)
-    steps = min(num_matvecs, n)
-    density = curvature.spectral_density(
-        operator, num_matvecs=steps, num_probes=num_probes, grid="symlog", **common
-    )
+        largest = keep("largest", lambda: curvature.eigsh(operator, min(top, n), "LA", **common))
+        smallest = keep("smallest", lambda: curvature.eigsh(operator, min(top, n), "SA", **common))
+    condition = keep("condition", lambda: curvature.condition_number(operator, max_matvecs=kappa_matvecs, **common))
+    shape: Any = {"num_matvecs": min(num_matvecs, n), "num_probes": num_probes, "grid": "symlog"}
+    density = keep("density", lambda: curvature.spectral_density(operator, **shape, **common))
+    trace = keep("trace", lambda: curvature.trace(operator, **common))
     numbers = {
         "exact": False,
         "largest": _pairs(largest),
         "smallest": _pairs(smallest),
-        "trace": scalars(curvature.trace(operator, **common)),
+        "trace": scalars(trace),
         "condition": scalars(condition),
         "density": scalars(density),
         "bulk": bulk(density, float(condition.noise_floor), float(condition.lambda_max)),
-        "num_matvecs": sum(counts),
+        "num_matvecs": sum(r.num_matvecs for r in (largest, smallest, condition, density, trace)),
     }
     ends = {
         name: np.concatenate([_array(getattr(smallest, name)), _array(getattr(largest, name))[::-1]])
@@ -80,14 +76,15 @@ def measure(
     return numbers, {name: ends[name] if name in ends else _array(getattr(density, name)) for name in ARRAYS}
 
 
-def measure_exact(matrix: Any, *, top: int) -> tuple[Numbers, Arrays]:
+def measure_exact(matrix: Callable[[], Any], keep: Keep, *, top: int) -> tuple[Numbers, Arrays]:
     """Return what `measure` does, from all eigenvalues of a matrix that has been written out.
 
     Args:
-        matrix: any symmetric (n, n) thing with `shape` and `@` whose products are cheap.
+        matrix: gives any symmetric (n, n) thing with `shape` and `@` whose products are cheap.
+        keep: as in `measure`.
         top: eigenvalues told of at each end.
     """
-    spectrum = curvature.exact_spectrum(matrix, grid="symlog")
+    spectrum = keep("exact", lambda: curvature.exact_spectrum(matrix(), grid="symlog"))
     condition, values = spectrum.condition, spectrum.eigenvalues
     low, high = values[:top], values[-top:]
     ends = {"smallest": low, "largest": high.flip(0)}

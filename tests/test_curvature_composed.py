@@ -1,4 +1,4 @@
-"""Sums, multiples, shifts and submatrices of operators against the same on dense matrices."""
+"""Sums, multiples, shifts and sub-blocks of operators against the same on dense matrices."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from torch.testing import assert_close
 
 from gradcond.curvature import (
     GGN,
+    Block,
     Combination,
     DiagonalFactor,
     Hessian,
     Operator,
     Preconditioned,
-    Submatrix,
     eigsh,
     trace,
 )
@@ -63,7 +63,7 @@ EXPRESSIONS = {  # of operators A and B, and of the matrices a and b
     "SciPy on the right": (lambda A, B: A + scipy_operator(B.a), lambda a, b: a + b),
     "SciPy on the left": (lambda A, B: scipy_operator(B.a) - A, lambda a, b: b - a),
     "sparse on the left": (lambda A, B: scipy.sparse.csr_array(B.a.numpy()) + A, lambda a, b: a + b),
-    "submatrix": (lambda A, B: (A + B).submatrix([5, 0, 3]), lambda a, b: (a + b)[[5, 0, 3]][:, [5, 0, 3]]),
+    "block": (lambda A, B: (A + B).block([5, 0, 3]), lambda a, b: (a + b)[[5, 0, 3]][:, [5, 0, 3]]),
 }
 
 
@@ -119,18 +119,18 @@ INDICES = {
 
 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES)
-def test_a_submatrix_is_the_principal_submatrix(index):
+def test_a_block_is_the_principal_submatrix(index):
     a = symmetric(2)
     where = torch.arange(N)[index]
     expected = a[where][:, where]
-    for B in (Hidden(a).submatrix(index), Submatrix(a, index), Submatrix(scipy_operator(a), index)):
+    for B in (Hidden(a).block(index), Block(a, index), Block(scipy_operator(a), index)):
         assert_close(B.to_dense(), expected, rtol=0, atol=1e-14)
     values, inner = torch.linalg.eigvalsh(a), torch.linalg.eigvalsh(expected)
     m = len(inner)
     assert bool((values[:m] <= inner + 1e-12).all() and (inner <= values[N - m :] + 1e-12).all())
 
 
-def test_submatrices_of_submatrices_and_of_preconditioned_operators():
+def test_blocks_of_blocks_and_of_preconditioned_operators():
     a, p = symmetric(3), torch.randn(N, N)
 
     class Map:
@@ -141,38 +141,39 @@ def test_submatrices_of_submatrices_and_of_preconditioned_operators():
             return p.mT @ v
 
     A = Hidden(a)
-    assert_close(A.submatrix(slice(1, 6)).submatrix([3, 0]).to_dense(), a[[4, 1]][:, [4, 1]])
+    assert_close(A.block(slice(1, 6)).block([3, 0]).to_dense(), a[[4, 1]][:, [4, 1]])
     k = p.mT @ a @ p
-    assert_close(Preconditioned(A, Map()).submatrix(slice(2, 5)).to_dense(), k[2:5, 2:5])
+    assert_close(Preconditioned(A, Map()).block(slice(2, 5)).to_dense(), k[2:5, 2:5])
     assert_close(Preconditioned(2 * A, Map()).to_dense(), 2 * k)
-    part = A.submatrix(slice(2, 5))
+    part = A.block(slice(2, 5))
     assert float(trace(part, num_matvecs=3).estimate) == pytest.approx(float(a[2:5, 2:5].trace()))
     assert part.num_matvecs == 3
 
 
 def test_chunks_bound_the_columns_of_one_product():
     A, B = Hidden(symmetric(0)), Hidden(symmetric(1))
-    C, V = A + B, torch.randn(N, 7)
-    C.chunk = 3
-    assert_close(C @ V, (A.a + B.a) @ V, rtol=0, atol=1e-14)
-    assert A.widths == B.widths == [3, 3, 1] and C.num_matvecs == A.num_matvecs == 7
-    C @ V[:, 0], C @ V[:, :0]
+    V = torch.randn(N, 7)
+    A.chunk = 3
+    assert_close(A @ V, A.a @ V, rtol=0, atol=1e-14)
+    assert A.widths == [3, 3, 1] and A.num_matvecs == 7
+    A @ V[:, 0], A @ V[:, :0]
     assert A.widths[3:] == [1]
-    D = C.submatrix(slice(0, 4))
-    assert_close(D @ V[:4, :5], (A.a + B.a)[:4, :4] @ V[:4, :5], rtol=0, atol=1e-14)
-    assert A.widths[4:] == [3, 2] and D.chunk is None  # the sum inside keeps its own
-    K = Preconditioned(A, DiagonalFactor(torch.full((N,), 2.0)))
-    K.chunk = 4
-    assert_close(K.to_dense(), 4 * A.a)
-    assert A.widths[6:] == [4, 3]
-    K.chunk = 0
-    with pytest.raises(ValueError, match="chunk >= 1, got 0"):
-        K @ V
+    C = (A + B).block(slice(0, 4))
+    assert C.chunk == 3
+    assert_close(C @ V[:4], (A.a + B.a)[:4, :4] @ V[:4], rtol=0, atol=1e-14)
+    assert B.widths == [3, 3, 1] and C.num_matvecs == 7
+    C.chunk = None  # of the block alone: the sum inside keeps its own
+    C.to_dense()
+    assert B.widths[3:] == [3, 1] and max(A.widths) == 3
+    for bad in (0, -1, 2.0):
+        with pytest.raises(ValueError, match="chunk must be None or"):
+            A.chunk = bad
+    assert A.chunk == 3
 
 
 COMPOSED = {
     "sum": lambda H: H + torch.eye(8),
-    "submatrix": lambda H: H.submatrix([0, 1, 5]),
+    "block": lambda H: H.block([0, 1, 5]),
     "preconditioned": lambda H: Preconditioned(H - H / 3, DiagonalFactor(torch.ones(8))),
 }
 
@@ -206,12 +207,12 @@ BAD = {
     "NaN": (lambda A: float("nan") * A, ValueError, "finite number"),
     "shift by text": (lambda A: A.shift("1"), TypeError, "number"),
     "by zero": (lambda A: A / 0, ZeroDivisionError, "zero"),
-    "submatrix of nothing": (lambda A: A.submatrix([]), ValueError, "at least one index"),
-    "submatrix outside": (lambda A: A.submatrix([N]), ValueError, "whole numbers below 7"),
-    "submatrix twice": (lambda A: A.submatrix([1, 1]), ValueError, "none twice"),
-    "submatrix by a short mask": (lambda A: A.submatrix(torch.tensor([True])), ValueError, r"mask \(7,\)"),
-    "submatrix by names": (lambda A: A.submatrix("bias"), ValueError, "whole numbers"),
-    "submatrix by floats": (lambda A: A.submatrix(torch.ones(2)), ValueError, "whole numbers"),
+    "block of nothing": (lambda A: A.block([]), ValueError, "at least one index"),
+    "block outside": (lambda A: A.block([N]), ValueError, "whole numbers below 7"),
+    "block twice": (lambda A: A.block([1, 1]), ValueError, "none twice"),
+    "block by a short mask": (lambda A: A.block(torch.tensor([True])), ValueError, r"mask \(7,\)"),
+    "block by names": (lambda A: A.block("bias"), ValueError, "whole numbers"),
+    "block by floats": (lambda A: A.block(torch.ones(2)), ValueError, "whole numbers"),
 }
 
 

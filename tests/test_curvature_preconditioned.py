@@ -370,3 +370,27 @@ BAD_FACTORS = {
 def test_factors_that_are_none_are_told(make, error, message):
     with pytest.raises(error, match=message):
         make(problem()[0])
+
+
+def test_a_block_that_the_factor_keeps_to_is_that_of_the_block():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    H = Hessian(model, nn.MSELoss(), [(torch.randn(9, 3), torch.randn(9, 2))])
+    pairs = {
+        name: (torch.diag(torch.rand(len(p)) + 1), torch.eye(p[0].numel()) + 0.1) for name, p in weights(model)
+    }
+    K = Preconditioned(H, KroneckerFactor(model, pairs))
+    dense, first = K.to_dense(), H.slices["0.weight"]
+    before = H.num_matvecs
+    block = K.block(first)
+    assert_close(block.to_dense(), dense[first, first])
+    assert H.num_matvecs == before and isinstance(block, Preconditioned)  # no product of the whole
+    part = slice(first.start, first.stop - 1)  # mixed with the rest by the factor
+    assert_close(K.block(part).to_dense(), dense[part, part])
+    assert H.num_matvecs > before
+    with pytest.raises(ValueError, match="at least one index"):
+        K.block([])
+
+
+def weights(model):
+    return [(name, p) for name, p in model.named_parameters() if name.endswith("weight")]

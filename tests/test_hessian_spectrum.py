@@ -147,6 +147,24 @@ def test_the_picture_is_redrawn_from_the_files_alone(folder, capsys):
     assert names == ["spectrum.json", "spectrum.npz", "spectrum.png"]
 
 
+def test_several_checkpoints_make_a_trajectory(folder, capsys):
+    from trajectory_figure import draw_trajectory
+
+    assert main(command(folder, "--preconditioned", checkpoints=("step3.pt", "step9.pt"))) == 0
+    picture = folder / "out" / "trajectory.png"
+    drawn = picture.read_bytes()
+    picture.unlink()
+    assert main(["--redraw", "--out", str(folder / "out")]) == 0
+    assert picture.read_bytes() == drawn and f"wrote {picture}" in capsys.readouterr().out
+    report = results(folder)[0]
+    for number in range(40):  # more checkpoints than have room for a name, one of them unresolved
+        entry = json.loads(json.dumps(report["checkpoints"][number % 2])) | {"label": f"step{number}"}
+        entry["plain"]["condition"] |= {"resolved": number != 4, "kappa": None if number == 4 else 10.0}
+        report["checkpoints"].append(entry)
+    draw_trajectory(report, folder / "many.png")
+    assert (folder / "many.png").stat().st_size > 10_000
+
+
 def test_the_same_run_gives_the_same_files(folder):
     state = torch.get_rng_state()
     assert main(command(folder)) == 0

@@ -1,41 +1,49 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
 
 from gradcond.curvature.adaptive import optimizer_factor
-from gradcond.curvature.composed import Combination, Submatrix
+from gradcond.curvature.composed import Block, Combination
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
 from gradcond.curvature.factors import DiagonalFactor, Factor, ProductFactor
+from gradcond.curvature.fisher import EmpiricalFisher, MonteCarloFisher
 from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.kronecker import KroneckerFactor
+from gradcond.curvature.objective import ModelLoss
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
+from gradcond.curvature.preflight import Preflight, preflight
 from gradcond.curvature.spectrum import SpectralDensity, spectral_density
 from gradcond.curvature.trace import Estimate, diagonal, trace
 from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [
     "GGN",
+    "Block",
     "Combination",
     "ConditionNumber",
     "DiagonalFactor",
     "Eigenpairs",
+    "EmpiricalFisher",
     "Estimate",
     "ExactSpectrum",
     "Factor",
     "Hessian",
     "KroneckerFactor",
+    "ModelLoss",
+    "MonteCarloFisher",
     "Operator",
     "Preconditioned",
+    "Preflight",
     "ProductFactor",
     "SpectralDensity",
-    "Submatrix",
     "Tridiagonal",
     "condition_number",
     "diagonal",
     "eigsh",
     "exact_spectrum",
     "optimizer_factor",
+    "preflight",
     "spectral_density",
     "trace",
     "tridiagonalize",

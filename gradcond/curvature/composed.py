@@ -1,9 +1,8 @@
-"""Operators made of operators: linear combinations and principal submatrices."""
+"""Operators made of operators: linear combinations and principal sub-blocks."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,47 +13,7 @@ from torch import Tensor
 from gradcond.curvature.operators import Operator, Products
 
 
-class Composed(Operator):
-    """An operator made of others: one product of it is one of each of them, no copies are kept.
-
-    Subclasses define ``_product(V)`` as others define ``_columns``.
-
-    Attributes:
-        parts: the operators that its products are made of.
-        chunk: most columns of one product; more are multiplied in turn, which bounds the memory. None sets no
-            limit; what the parts do with many columns is their own matter.
-    """
-
-    def __init__(self, parts: Sequence[Operator], n: int | None = None) -> None:
-        first = parts[0]
-        super().__init__(first.shape[0] if n is None else n, first.dtype, first.device)
-        self.parts = tuple(parts)
-        self.chunk: int | None = None
-
-    @abstractmethod
-    def _product(self, V: Tensor) -> Tensor: ...
-
-    def _columns(self, V: Tensor) -> Tensor:
-        if self.chunk is None:
-            return self._product(V)
-        if self.chunk < 1:
-            raise ValueError(f"expected chunk >= 1, got {self.chunk}")
-        result = torch.empty_like(V)
-        for own, out in zip(V.split(self.chunk, 1), result.split(self.chunk, 1), strict=True):
-            out.copy_(self._product(own))
-        return result
-
-    def check_deterministic(self) -> float:
-        """The largest relative difference of two equal products of a part that checks itself.
-
-        Raises:
-            ValueError: it is more than rounding explains.
-        """
-        checks = [getattr(A, "check_deterministic", None) for A in self.parts]
-        return max((check() for check in checks if check is not None), default=0.0)
-
-
-class Combination(Composed):
+class Combination(Operator):
     """c_1 A_1 + ... + c_m A_m + s I.
 
     Combinations inside are taken apart, and what occurs twice is multiplied once.
@@ -98,9 +57,9 @@ class Combination(Composed):
                         f"expected operators of one shape, dtype and device, got {name} {getattr(first, name)} "
                         f"and {getattr(other, name)}; convert one of them"
                     )
-        super().__init__(parts)
+        super().__init__(first.shape[0], first.dtype, first.device, parts=parts)
 
-    def _product(self, V: Tensor) -> Tensor:
+    def _columns(self, V: Tensor) -> Tensor:
         result = self.shift_by * V
         for c, A in zip(self.coefficients, self.parts, strict=True):
             if c != 0:
@@ -108,20 +67,20 @@ class Combination(Composed):
         return result
 
 
-class Submatrix(Composed):
-    """The principal submatrix A[index, index], by products of A with vectors that are zero elsewhere.
+class Block(Operator):
+    """The principal sub-block A[index, index], by products of A with vectors that are zero elsewhere.
 
     Its eigenvalues interlace those of A.
 
     Args:
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
-        index: a slice, a mask (n,), or whole numbers, each at most once; it has them in this order.
+        index: a slice, a mask (n,), or whole numbers, each at most once; the block has them in this order.
 
     Raises:
         ValueError: nothing is chosen, something twice, or something that is not there.
 
     Example:
-        >>> Submatrix(torch.diag(torch.tensor([1.0, 2.0, 3.0])), [2, 0]).to_dense()
+        >>> Block(torch.diag(torch.tensor([1.0, 2.0, 3.0])), [2, 0]).to_dense()
         tensor([[3., 0.],
                 [0., 1.]])
     """
@@ -138,9 +97,9 @@ class Submatrix(Composed):
             raise ValueError(
                 f"expected at least one index and none twice, got {len(self.index)}, of them {distinct} distinct"
             )
-        super().__init__([A], len(self.index))
+        super().__init__(len(self.index), A.dtype, A.device, parts=[A])
 
-    def _product(self, V: Tensor) -> Tensor:
+    def _columns(self, V: Tensor) -> Tensor:
         (A,) = self.parts
         whole = V.new_zeros(A.shape[0], V.shape[1])
         whole[self.index] = V

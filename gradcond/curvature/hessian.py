@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradcond.curvature.loss_operator import LossOperator, grad
+from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator
+from gradcond.curvature.loss_operator import Evaluation, LossOperator
 from gradcond.curvature.passes import map_tensors
+from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent
 
 
 class Hessian(LossOperator):
@@ -19,24 +20,38 @@ class Hessian(LossOperator):
 
     Symmetric; over the parameters that require grad, flattened in the order of ``model.parameters()``;
     unused parameters are zero rows, tied ones appear once. The modules stay in the mode they are in, and
-    nothing is left changed: parameters, buffers, ``.grad``, flags, random states. Products are double
-    backward passes (attention by its math kernel); the k columns of ``H @ V`` share one forward and one
-    backward pass per batch. A half-precision model takes float32 vectors too.
+    nothing is left changed: parameters, buffers, ``.grad``, flags, random states. A half-precision model takes
+    float32 vectors too. ``names`` and ``slices`` say which entries are whose; ``block("fc*.weight")`` is the
+    block of some of them.
 
     The losses of torch (modules and functions, also through functools.partial) are weighted exactly:
     reduction, ``ignore_index``, class weights, label smoothing. Any other loss_fn is taken as a mean over
     equal batches; for uneven ones let it return ``(numerator, denominator)`` or pass weight_fn.
 
+    Products are double backward passes, or forward-mode derivatives of the gradient (attention by its math
+    kernel). The first product compares the two on the first batch; ``probe`` says which it took, and why. Where
+    there is one batch, the graph of double backward is kept from product to product until a parameter, a
+    buffer, a mode, a setting or the batch changes; ``release()`` frees it. What a loss reads from elsewhere
+    than its arguments, closure and globals is not watched.
+
     Args:
         model: any module; torch.compile and data-parallel wrappers are unwrapped.
-        loss_fn: ``loss_fn(output, target)``, a scalar or a pair (numerator, denominator).
-        data: iterable of batches (input, target), gone through once per product. A one-shot iterator is
-            read into a list. A mapping as input is passed as keyword arguments.
+        loss_fn: ``loss_fn(output, target)``, a scalar or a pair (numerator, denominator); a loss that calls the
+            model itself, ``loss_fn(model, batch)``, is wrapped in :class:`ModelLoss`.
+        data: iterable of batches (input, target), of any form for a ModelLoss, gone through once per product. A
+            one-shot iterator is read into a list. A mapping as input is passed as keyword arguments.
         weight_fn: ``weight_fn(batch)``, the weight of a batch's loss in the mean.
+        method: "auto", "double_backward" or "forward_over_reverse". The choice of "auto" can differ from run to
+            run, and with it the rounding; with a method asked for nothing is timed.
+        chunk: most columns of ``H @ V`` that share the forward pass, None for all; less memory, more passes.
+        process_group: processes whose batches together are the data, under torchrun, say: a group, None for the
+            default group where torch.distributed has one, or False for this process alone. They may hold
+            different numbers of batches. Every process must join each product, with the same vector.
 
     Raises:
         ValueError: no trainable parameter or no batch; in products also a loss that is not scalar or not
-            finite, batches of unknown weight, a vector of wrong shape or dtype.
+            finite, batches of unknown weight, a vector of wrong shape or dtype, an operation whose forward
+            derivative is wrong (only where that method is asked for).
 
     References:
         B. A. Pearlmutter, Fast exact multiplication by the Hessian, 1994.
@@ -49,26 +64,36 @@ class Hessian(LossOperator):
         tensor([1., 4.])
     """
 
-    def _term(self, output: Any, loss: Callable[[Any], Tensor], V: Tensor) -> Tensor:
-        gradient = grad([loss(output)], self.parameters, create_graph=True)
+    def _double_backward(self, evaluation: Evaluation) -> Product:
+        parameters = self.parameters
+        gradient = grad([evaluation.loss()], parameters, create_graph=True)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]
-        if not curved:
-            return torch.zeros_like(V)
-        columns = []
-        for v in V.unbind(1):
-            parts = self._split(v)
-            product = grad([gradient[i] for i in curved], self.parameters, [parts[i] for i in curved])
-            columns.append(self._flat(product))
-        return torch.stack(columns, 1)
+
+        def product(parts: Parts, batched: bool) -> Parts:
+            if not curved:
+                return [torch.zeros_like(part) for part in parts]
+            return grad([gradient[i] for i in curved], parameters, [parts[i] for i in curved], batched=batched)
+
+        return product
+
+    def _forward_over_reverse(self, evaluation: Evaluation) -> Product:
+        of_name = dict(zip(self.names, self.parameters, strict=True))
+
+        def product(parts: Parts, batched: bool) -> Parts:
+            with duals(of_name, parts) as moved:
+                gradient = grad([evaluation.loss(moved)], list(moved.values()))
+                return [primal_and_tangent(g)[1] for g in gradient]
+
+        return product
 
 
-class GGN(LossOperator):
+class GGN(GaussNewtonOperator):
     """The generalized Gauss-Newton matrix J^T (d^2 loss / d output^2) J on all batches concatenated.
 
     Symmetric, and positive semi-definite when the loss is convex in the output; equal to the Hessian where
     the model is linear in its parameters, and to the Fisher information for cross-entropy and squared
-    error. J v comes from two backward passes (J^T u is linear in u). Everything else, the arguments
-    included, is as in :class:`Hessian`.
+    error. A :class:`ModelLoss` must say what the output is. Everything else, the arguments included, is as in
+    :class:`Hessian`.
 
     References:
         N. N. Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, 2002.
@@ -83,7 +108,11 @@ class GGN(LossOperator):
                 [0., 4.]])
     """
 
-    def _term(self, output: Any, loss: Callable[[Any], Tensor], V: Tensor) -> Tensor:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective.require_output(type(self).__name__)
+
+    def _tops(self, output: Any, batch: Any, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
         # cut the graph at the outputs: the loss above, the model below
         tops: list[Tensor] = []
         leaves: list[Tensor] = []
@@ -92,20 +121,16 @@ class GGN(LossOperator):
             if not z.requires_grad:
                 return z
             tops.append(z)
-            leaves.append(z.detach().requires_grad_())
+            leaves.append(primal_and_tangent(z)[0].detach().requires_grad_())
             return leaves[-1]
 
-        slopes = grad([loss(map_tensors(output, cut))], leaves, create_graph=True)
+        value, evaluation.share = self.objective.of(map_tensors(output, cut), batch)
+        slopes = grad([value], leaves, create_graph=True)
         curved = [i for i, s in enumerate(slopes) if s.requires_grad]
-        if not curved:
-            return torch.zeros_like(V)
-        dummies = [torch.zeros_like(z, requires_grad=True) for z in tops]
-        pulled = grad(tops, self.parameters, dummies, create_graph=True)
-        linear = [i for i, g in enumerate(pulled) if g.requires_grad]
-        columns = []
-        for v in V.unbind(1):
-            parts = self._split(v)
-            pushed = grad([pulled[i] for i in linear], dummies, [parts[i] for i in linear])
-            bent = grad([slopes[i] for i in curved], leaves, [pushed[i] for i in curved])
-            columns.append(self._flat(grad(tops, self.parameters, bent)))
-        return torch.stack(columns, 1)
+
+        def bend(parts: Parts, batched: bool) -> Parts:
+            if not curved:
+                return [torch.zeros_like(part) for part in parts]
+            return grad([slopes[i] for i in curved], leaves, [parts[i] for i in curved], batched=batched)
+
+        return tops, bend

@@ -2,23 +2,69 @@
 
 from __future__ import annotations
 
-import functools
+import copy
+import fnmatch
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradcond.curvature.losses import Mean
+from gradcond.curvature.culprit import culprit
+from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, working_dtype
-from gradcond.curvature.passes import batches, forward, left_as_found, unwrap
+from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
+from gradcond.curvature.processes import Processes
+from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching_pays, grad, probe
+from gradcond.curvature.snapshot import Snapshot
 
-Term = Callable[[Any, Callable[[Any], Tensor]], Tensor]  # (output, loss of an output) -> what to add up
+TOGETHER = 16  # columns of one vectorized backward pass
+
+
+class Evaluation:
+    """One batch of the objective, evaluated as often as a product needs, each time on the same random draws."""
+
+    def __init__(self, model: nn.Module, objective: Objective, batch: Any) -> None:
+        self.model, self.objective, self.batch = model, objective, batch
+        self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
+        self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
+        self._draws: Draws | None = None
+
+    def __call__(
+        self, function: Callable[[nn.Module, Any], Any], parameters: Mapping[str, Tensor] | None = None
+    ) -> Any:
+        """``function(model, batch)``, with other parameters where they are given."""
+        if self._draws is None:
+            self._draws = Draws()
+        else:
+            self._draws.restore()
+        return call(function, self.model, self.batch, parameters or {})
+
+    def loss(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The numerator of the batch, a scalar."""
+        output = self(self.objective.output, parameters)
+        value, self.share = self.objective.of(output, self.batch)
+        return value
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A product with its graph, and all that it depends on."""
+
+    snapshot: Snapshot
+    product: Product
+    share: Share | None
 
 
 class LossOperator(Operator):
-    """A matrix over the trainable parameters that is a mean over batches; subclasses define ``_term``."""
+    """A matrix over the trainable parameters that is a mean over batches.
+
+    Subclasses define the product with the matrix of one batch by two methods, ``_double_backward`` and
+    ``_forward_over_reverse``; both set the share of the batch.
+    """
 
     def __init__(
         self,
@@ -27,32 +73,111 @@ class LossOperator(Operator):
         data: Iterable[Any],
         *,
         weight_fn: Callable[[Any], Any] | None = None,
+        method: str = "auto",
+        chunk: int | None = None,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-        self.model, self.loss_fn, self.weight_fn = unwrap(model), loss_fn, weight_fn
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("expected a model with trainable parameters, but none requires grad")
+        if method not in METHODS:
+            raise ValueError(f"expected method in {METHODS}, got {method!r}")
+        self.model, self.loss_fn, self.objective = unwrap(model), loss_fn, Objective(loss_fn, weight_fn)
         self.data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
-        if isinstance(data, Sized) and len(data) == 0:
+        self.processes = Processes(process_group)
+        if num_batches(data) == 0 and not self.processes.several:
             raise ValueError("expected at least one batch, got an empty data set")
+        self.method = method
+        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        if not self.names:
+            raise ValueError("expected a model with trainable parameters, but none requires grad")
+        self._take_shape()
+        self.chunk = chunk
+        self._noise: float | None = None
+        self._seed = 0
+
+    def _take_shape(self) -> None:
         dtype = self.parameters[0].dtype
         for p in self.parameters:
             dtype = torch.promote_types(dtype, p.dtype)
         if dtype not in ASYMMETRY:
             raise ValueError(f"expected real floating-point parameters, got {dtype}")
         super().__init__(sum(p.numel() for p in self.parameters), dtype, self.parameters[0].device)
-        self._noise: float | None = None
-        self._seed = 0
+        self.probe: Probe | None = None  # how products are computed, and why, after the first one
+        self._batching: bool | None = None
+        self._kept: Kept | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of ``names``, in their order."""
+        of_name = dict(self.model.named_parameters())
+        return [of_name[name] for name in self.names]
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Where each parameter lies in a vector: ``v[H.slices[name]].view(shape)``."""
+        ends = torch.tensor([p.numel() for p in self.parameters]).cumsum(0).tolist()
+        return {name: slice(start, end) for name, start, end in zip(self.names, [0, *ends], ends, strict=False)}
+
+    def block(self, *which: Any) -> Operator:
+        """The diagonal block of the parameters whose names match a glob pattern, or of an index as for any matrix.
+
+        The block of whole parameters costs what the block needs, not a product of the whole.
+
+        >>> from gradcond.curvature import Hessian
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> H = Hessian(model, torch.nn.MSELoss(), [(torch.ones(4, 2), torch.zeros(4, 1))])
+        >>> H.names, H.block("1.*").names, H.block("*.weight").shape, H.block([0, 2]).shape
+        (['0.weight', '0.bias', '1.weight', '1.bias'], ['1.weight', '1.bias'], (9, 9), (2, 2))
+
+        Raises:
+            ValueError: a pattern matches none of ``names``; an index is not as expected.
+        """
+        if not which or not all(isinstance(pattern, str) for pattern in which):
+            block = super().block(*which)
+            names = self._whole(block.index)
+            return block if names is None else self._of(names)
+        for pattern in which:
+            if not fnmatch.filter(self.names, pattern):
+                raise ValueError(f"no parameter matches {pattern!r}; expected a pattern for some of {self.names}")
+        return self._of([name for name in self.names if any(fnmatch.fnmatchcase(name, p) for p in which)])
+
+    def _whole(self, index: Tensor) -> list[str] | None:
+        """The parameters that an index goes through whole and in order, None where it does not."""
+        held = torch.zeros(self.shape[0], dtype=torch.bool)
+        held[index.cpu()] = True
+        names = [name for name, own in self.slices.items() if bool(held[own].all())]
+        count = sum(own.stop - own.start for name, own in self.slices.items() if name in names)
+        return names if count == len(index) and bool((index.diff() > 0).all()) else None
+
+    def _of(self, names: list[str]) -> LossOperator:
+        block = copy.copy(self)
+        block.names = names
+        block._take_shape()
+        block.chunk = self.chunk
+        return block
+
+    def release(self) -> None:
+        """Frees the graph that is kept between the products with a single batch; the next one builds it again."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # graphs are not copied
+
+    def __repr__(self) -> str:
+        how = self.method if self.probe is None else f"{self.probe.method}: {self.probe.reason}"
+        for name, seconds in ({} if self.probe is None else self.probe.seconds).items():
+            how += f"; {name} {seconds:.2g} s a batch"
+        return f"{type(self).__name__}(n={self.shape[0]}, {self.dtype}, {how})"
 
     def loss(self) -> Tensor:
         """The loss on all batches concatenated, a scalar."""
-        return self._mean(lambda output, loss: loss(output).detach())
+        return self._mean(lambda evaluation: evaluation.loss().detach(), ())
 
     def gradient(self) -> Tensor:
         """Its gradient (n,), in the working dtype."""
-        return self._mean(lambda output, loss: self._flat(grad([loss(output)], self.parameters)))
+        return self._mean(
+            lambda evaluation: self._rows(grad([evaluation.loss()], self.parameters), 1)[0], self.shape[:1]
+        )
 
     def check_deterministic(self) -> float:
         """The relative difference of two products of the same vector, under different random states.
@@ -81,45 +206,112 @@ class LossOperator(Operator):
         return self._noise
 
     def _culprit(self) -> str:
-        training = [(name, type(m).__name__) for name, m in self.model.named_modules() if m.training]
-        random = [name for name, kind in training if "Dropout" in kind]
-        norms = [name for name, kind in training if "Norm" in kind]
-        if random:
-            return f"dropout is active in {random[0]!r}: call model.eval() first"
-        if norms:
-            return f"{norms[0]!r} normalizes by batches that change: do not shuffle, or call model.eval()"
-        return "something random remains: augmentation, a sampler, or functional dropout"
+        return culprit(self.model, self.data, self._drawn, lambda batch: self._evaluation(batch).loss())
 
-    def _columns(self, V: Tensor) -> Tensor:
-        return self._mean(lambda output, loss: self._term(output, loss, V))
+    @contextmanager
+    def _drawn(self, seed: int) -> Iterator[Iterator[Any]]:
+        """The batches of one pass, every random state set from the seed; all is left as found afterwards."""
+        with left_as_found(self.model, self.data, seed):
+            yield batches(self.data, self.device, self.objective.takes_pairs)
+
+    def _evaluation(self, batch: Any) -> Evaluation:
+        return Evaluation(self.model, self.objective, batch)
+
+    def _settings(self) -> tuple[int, ...]:
+        """What else the matrix of a batch depends on."""
+        return ()
 
     @abstractmethod
-    def _term(self, output: Any, loss: Callable[[Any], Tensor], V: Tensor) -> Tensor: ...
+    def _double_backward(self, evaluation: Evaluation) -> Product: ...
 
-    def _mean(self, term: Term) -> Tensor:
-        """The term summed over the batches and divided by the weight of all."""
-        mean, total = Mean(self.loss_fn, self.weight_fn), torch.zeros((), device=self.device)
-        with left_as_found(self.model, self.data, self._seed):
-            for batch in batches(self.data, self.device):
-                weight = self.weight_fn(batch) if self.weight_fn else None
-                if weight is None or float(weight) != 0:
-                    loss = functools.partial(mean.numerator, batch=batch, weight=weight)
-                    total = total + term(forward(self.model, batch[0]), loss)
-        return total / mean.divisor()
+    @abstractmethod
+    def _forward_over_reverse(self, evaluation: Evaluation) -> Product: ...
 
-    def _split(self, v: Tensor) -> list[Tensor]:
-        parts = v.split([p.numel() for p in self.parameters])
-        return [part.view_as(p).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)]
+    def _columns(self, V: Tensor) -> Tensor:
+        return self._mean(lambda evaluation: self._push(self._product(evaluation), V), V.shape)
 
-    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
+    def _mean(self, term: Callable[[Evaluation], Tensor], shape: Sequence[int]) -> Tensor:
+        """The term, of this shape, summed over the batches of all processes and divided by the weight of all."""
+        mean, error = Mean(), None
+        total = torch.zeros(shape, dtype=working_dtype(self.dtype), device=self.device)
+        try:
+            with self._drawn(self._seed) as drawn:
+                for batch in drawn:
+                    weight = self.objective.weight(batch)
+                    if weight is None or float(weight) != 0:
+                        evaluation = self._evaluation(batch)
+                        total = total + term(evaluation)
+                        assert evaluation.share is not None
+                        mean.shares.append(evaluation.share)
+            mean.check()
+        except Exception as caught:
+            if not self.processes.several:
+                raise
+            error = caught
+        sums = mean.sums
+        if self.processes.several:
+            kinds = self.processes.agree(self._same(), mean.kinds)
+            total, sums = self.processes.add_up(total, sums, error)
+            require_one_kind(kinds)
+        return total / divisor(*sums)
+
+    def _same(self) -> dict[str, Any]:
+        """What must be the same on every process."""
+        norms = torch.stack([p.detach().double().norm() for p in self.parameters])
+        return {"parameters": float(norms.norm()), "names": tuple(self.names)}
+
+    def _product(self, evaluation: Evaluation) -> Product:
+        """The product with the matrix of a batch; the graph of a single batch is kept until something changes."""
+        reuse = num_batches(self.data) == 1
+        if self.probe is None:
+            self.probe = self._probe(evaluation, reuse)
+        if self.probe.method == "forward_over_reverse":
+            return self._forward_over_reverse(evaluation)
+        if not reuse:
+            return self._double_backward(evaluation)
+        loss = self.objective.loss
+        autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
+        things = (
+            *(self.model, loss.loss_fn, loss.output, loss.target, self.objective.weight_fn),
+            *(evaluation.batch, self.parameters, self._seed, autocast, self._settings()),
+        )
+        kept = self._kept
+        if kept is None or not kept.snapshot.holds(*things):
+            self._kept = kept = None
+            snapshot, product = Snapshot(*things), self._double_backward(evaluation)
+            self._kept = kept = Kept(snapshot, product, evaluation.share)
+        evaluation.share = kept.share
+        return kept.product
+
+    def _probe(self, evaluation: Evaluation, reuse: bool) -> Probe:
+        if self.method == "double_backward":
+            return Probe(self.method, "asked for")
+        v = torch.randn(self.shape[0], generator=generator_from(0), dtype=torch.float64).to(self.device)
+        parts, forward = self._split(v[None], False), self._forward_over_reverse(evaluation)
+        return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, reuse, self.dtype)
+
+    def _push(self, product: Product, V: Tensor) -> Tensor:
+        """The product with each column of V (n, k), several in one pass where that is faster than one by one."""
+        together = V.shape[1] > 1 and self.method == "auto" and self._batches(product, V)
+        width = TOGETHER if together else 1
+        rows = [self._rows(product(self._split(part, together), together), len(part)) for part in V.mT.split(width)]
+        return torch.cat(rows).mT
+
+    def _batches(self, product: Product, V: Tensor) -> bool:
+        if self._batching is None:
+            forward = self.probe is not None and self.probe.method == "forward_over_reverse"
+            stacked = self._split(V.mT[:TOGETHER], True)
+            self._batching = not forward and batching_pays(product, stacked, self.dtype)
+        return self._batching
+
+    def _split(self, rows: Tensor, batched: bool) -> list[Tensor]:
+        """Vectors (c, n) as one tensor a parameter, stacked (c, *shape) where batched."""
+        parameters = self.parameters
+        parts = rows.split([p.numel() for p in parameters], 1)
+        lead = (len(rows),) if batched else ()
+        return [part.reshape(*lead, *p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+
+    def _rows(self, parts: Parts, count: int) -> Tensor:
+        """The inverse of _split: (count, n) in the working dtype."""
         dtype = working_dtype(self.dtype)
-        return torch.cat([part.detach().reshape(-1).to(self.device, dtype) for part in parts])
-
-
-def grad(
-    ys: Sequence[Tensor], xs: Sequence[Tensor], vs: Sequence[Tensor] | None = None, create_graph: bool = False
-) -> tuple[Tensor, ...]:
-    """Vector-Jacobian product, zeros where x does not enter y; the graph of y is kept."""
-    if not any(y.requires_grad for y in ys):
-        raise ValueError("expected a loss that depends on the trainable parameters; is it detached?")
-    return torch.autograd.grad(ys, xs, vs, retain_graph=True, create_graph=create_graph, materialize_grads=True)
+        return torch.cat([part.detach().reshape(count, -1).to(self.device, dtype) for part in parts], 1)

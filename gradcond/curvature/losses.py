@@ -1,141 +1,100 @@
-"""How the losses of batches add up to the loss of all batches concatenated."""
+"""Torch's own losses taken apart: the loss of each datum, and what it weighs in the mean."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# what a batch contributes: a scalar numerator and its denominator; the whole loss is sum / sum,
-# or just the sum where the denominator is None
-Parts = tuple[Tensor, Any]
+_FUNCTION_OF = {
+    "CrossEntropyLoss": "cross_entropy",
+    "NLLLoss": "nll_loss",
+    "NLLLoss2d": "nll_loss",
+    "BCEWithLogitsLoss": "binary_cross_entropy_with_logits",
+    "MSELoss": "mse_loss",
+}
+_CLASS_INDEX = {"cross_entropy", "nll_loss"}
 
 
-def split_loss(loss_fn: Callable[..., Any]) -> Callable[[Any, Any], Parts] | None:
-    """The (numerator, denominator) of one of torch's own losses, or None when its weighting is unknown."""
-    options = _torch_options(loss_fn)
-    if options is None or options["reduction"] == "none":
-        return None
-    if options["reduction"] == "sum":
-        return lambda output, target: (loss_fn(output, target), None)
-    return lambda output, target: _mean_parts(options, output, target)
+@dataclass(frozen=True)
+class TorchLoss:
+    """A loss of torch, module or function, with its options."""
+
+    name: str  # of the function, where the module has one
+    loss_fn: Callable[..., Any]
+    unreduced: Callable[..., Tensor]
+    options: dict[str, Any]
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether there is a denominator."""
+        return self.options["reduction"] != "sum"
+
+    def parts(self, output: Any, target: Tensor) -> tuple[Tensor, Any]:
+        """(numerator, denominator) of a batch: the whole loss is sum / sum, or the sum where it is None."""
+        if not self.is_mean:
+            return self.loss_fn(output, target), None
+        losses = self.unreduced(output, target)
+        if self.has_class_targets(target):
+            return losses.sum(), self.class_weights(target).sum()
+        return losses.sum(), output.shape[0] if self.options["reduction"] == "batchmean" else losses.numel()
+
+    def terms(self, output: Any, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each datum and its weight, both (N,); a datum is a class target or a row of outputs.
+
+        The terms add up to the numerator, and for a mean the weights to the denominator.
+        """
+        losses = self.unreduced(output, target)
+        if self.has_class_targets(target):
+            return losses.reshape(-1), self.class_weights(target).reshape(-1).to(losses.dtype)
+        if self.name == "cross_entropy":  # with probabilities: one loss a position
+            losses = losses.reshape(-1)
+        rows = losses.reshape(losses.shape[0] if losses.ndim else 1, -1)
+        weight = rows.shape[1] if self.options["reduction"] == "mean" else 1
+        return rows.sum(1), rows.new_full((rows.shape[0],), weight)
+
+    def has_class_targets(self, target: Tensor) -> bool:
+        """Whether the targets are indices of classes."""
+        return self.name in _CLASS_INDEX and not target.is_floating_point()
+
+    def class_weights(self, target: Tensor) -> Tensor:
+        """What torch adds to the denominator for each class target: label smoothing does not change it."""
+        counted, weight = target != self.options["ignore_index"], self.options["weight"]
+        return counted if weight is None else weight[target.where(counted, 0)] * counted
 
 
-def _torch_options(loss_fn: Callable[..., Any]) -> dict[str, Any] | None:
-    """Every option of one of torch's losses, its function form as ``function``; None for anything else."""
+def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
+    """One of torch's losses with its options, or None for anything else: its weighting is unknown."""
     if type(loss_fn).__module__ == "torch.nn.modules.loss":  # exact: a subclass may compute anything
-        names = ("weight", "ignore_index", "reduction")
-        options = {name: getattr(loss_fn, name, None) for name in names}
-        return {**options, "unreduced": _without_reduction(loss_fn), "name": type(loss_fn).__name__}
-    function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
-    given = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
-    name = getattr(function, "__name__", "")
-    positional = isinstance(loss_fn, functools.partial) and loss_fn.args
-    if getattr(F, name, None) is not function or positional or {"size_average", "reduce"} & given.keys():
+        unreduced: Callable[..., Tensor]
+        name, unreduced = type(loss_fn).__name__, functools.partial(_without_reduction, loss_fn)
+        options = {"weight": None, "ignore_index": None, **vars(loss_fn), **getattr(loss_fn, "_buffers", {})}
+    else:
+        function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
+        given = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+        name = getattr(function, "__name__", "")
+        positional = isinstance(loss_fn, functools.partial) and loss_fn.args
+        if getattr(F, name, None) is not function or positional or {"size_average", "reduce"} & given.keys():
+            return None
+        parameters = inspect.signature(function).parameters
+        if "reduction" not in parameters or (name not in _CLASS_INDEX and given.get("weight") is not None):
+            return None
+        defaults = {key: parameter.default for key, parameter in parameters.items()}
+        options = {"weight": None, "ignore_index": None, **defaults, **given}
+        unreduced = functools.partial(function, **{**given, "reduction": "none"})
+    if options.get("reduction", "none") == "none":
         return None
-    parameters = inspect.signature(function).parameters
-    if "reduction" not in parameters or (name not in _CLASS_INDEX and given.get("weight") is not None):
-        return None
-    defaults = {key: parameter.default for key, parameter in parameters.items()}
-    unreduced = functools.partial(function, **{**given, "reduction": "none"})
-    return {"weight": None, "ignore_index": None, **defaults, **given, "unreduced": unreduced, "name": name}
+    return TorchLoss(_FUNCTION_OF.get(name, name), loss_fn, unreduced, options)
 
 
-def _without_reduction(loss_fn: Any) -> Callable[..., Tensor]:
-    def unreduced(output: Tensor, target: Tensor) -> Tensor:
-        reduction, loss_fn.reduction = loss_fn.reduction, "none"
-        try:
-            return loss_fn(output, target)
-        finally:
-            loss_fn.reduction = reduction
-
-    return unreduced
-
-
-_CLASS_INDEX = {"cross_entropy", "nll_loss", "CrossEntropyLoss", "NLLLoss", "NLLLoss2d"}
-
-
-def _mean_parts(options: dict[str, Any], output: Tensor, target: Tensor) -> Parts:
-    losses = options["unreduced"](output, target)
-    if options["name"] in _CLASS_INDEX and not target.is_floating_point():
-        # torch divides by the weights of the classes that are not ignored, label smoothing or not
-        counted = target[target != options["ignore_index"]]
-        weight = options["weight"]
-        return losses.sum(), counted.numel() if weight is None else weight[counted].sum()
-    if options["reduction"] == "batchmean":
-        return losses.sum(), output.shape[0]
-    return losses.sum(), losses.numel()
-
-
-def batch_rows(batch: Any) -> int:
-    """Number of samples in a batch: the length of its first tensor."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    for part in parts:
-        rows = batch_rows(part)
-        if rows:
-            return rows
-    return 0
-
-
-class Mean:
-    """Adds up batches: what to differentiate in each, and what to divide their sum by."""
-
-    def __init__(self, loss_fn: Callable[..., Any], weight_fn: Callable[[Any], Any] | None) -> None:
-        self.loss_fn, self.weight_fn = loss_fn, weight_fn
-        self.split = None if weight_fn else split_loss(loss_fn)
-        self.values: list[Tensor] = []
-        self.weights: list[Any] = []
-        self.rows: set[int] = set()
-
-    def numerator(self, output: Any, batch: Any, weight: Any) -> Tensor:
-        """The scalar of this batch whose derivatives are to be summed."""
-        value, denominator = self._parts(output, batch[1], weight)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"expected loss_fn to return a scalar tensor, got {got}; reduce by mean or sum")
-        if isinstance(denominator, Tensor) and denominator.requires_grad:
-            raise ValueError("expected a denominator that is constant in the parameters; detach it")
-        if weight is None and self.split is None and denominator is _ROWS:
-            self.rows.add(batch_rows(batch))
-            denominator = 1
-        self.values.append(value.detach())
-        self.weights.append(denominator)
-        return value.reshape(())
-
-    def _parts(self, output: Any, target: Any, weight: Any) -> Parts:
-        if self.split is not None:
-            return self.split(output, target)
-        value = self.loss_fn(output, target)
-        if isinstance(value, tuple) and len(value) == 2:
-            return value
-        return (value, _ROWS) if weight is None else (value * weight, weight)
-
-    def divisor(self) -> float | Tensor:
-        """What the sum over the batches is divided by, once all of them have been seen."""
-        if not self.values:
-            raise ValueError("expected at least one batch that counts, got an empty data set")
-        finite = torch.stack([value.reshape(()).isfinite() for value in self.values])
-        if not bool(finite.all()):
-            index = int((~finite).int().argmax())
-            raise ValueError(f"expected a finite loss, got {float(self.values[index])} on batch {index}")
-        if len(self.rows) > 1:
-            raise ValueError(
-                f"batches of {sorted(self.rows)} samples and a loss of unknown weighting: return "
-                "(numerator, denominator) from loss_fn, or pass weight_fn=lambda batch: len(batch[1])"
-            )
-        if all(weight is None for weight in self.weights):
-            return 1.0
-        total = sum(self.weights)
-        if not float(total) > 0:
-            raise ValueError(f"expected a positive total weight, got {float(total)}; are all ignored?")
-        return total
-
-
-_ROWS = object()  # a plain callable's batch counts as much as any other of its size
+def _without_reduction(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
+    reduction, loss_fn.reduction = loss_fn.reduction, "none"
+    try:
+        return loss_fn(output, target)
+    finally:
+        loss_fn.reduction = reduction

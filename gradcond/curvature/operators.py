@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,16 @@ class Operator(ABC):
     Subclasses define ``_columns(V)``, the product with the columns of V, both (n, k) in the working dtype
     (float64 for a float64 operator, float32 otherwise).
 
-    ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``, ``A.shift(s)`` and ``A.submatrix(index)`` are operators
-    again, made of these; B may be a dense matrix or a SciPy operator too, on either side.
+    ``A + B``, ``A - B``, ``c * A``, ``A / c``, ``-A``, ``A.shift(s)`` and ``A.block(index)`` are operators again; B
+    may be a dense matrix or a SciPy operator too, on either side. They keep no copy: a product of the
+    result is one product of each operator that it is made of.
 
     Attributes:
         shape: (n, n).
         num_matvecs: products with single vectors so far.
+        chunk: most columns of one product; more are multiplied in turn, which bounds the memory. None sets no
+            limit. What an operator is made of hands its smallest chunk on.
+        parts: the operators that its products are made of.
 
     Example:
         >>> class Twice(Operator):
@@ -46,11 +50,24 @@ class Operator(ABC):
 
     __array_ufunc__ = None  # leaves array + A to A.__radd__
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, *, parts: Sequence[Operator] = ()) -> None:
         self.shape = (n, n)
         self.dtype = dtype
         self.device = device
         self.num_matvecs = 0
+        self.parts = tuple(parts)
+        self.chunk = min((A.chunk for A in parts if A.chunk is not None), default=None)
+
+    @property
+    def chunk(self) -> int | None:
+        """Most columns of one product, None for all."""
+        return self._chunk
+
+    @chunk.setter
+    def chunk(self, columns: int | None) -> None:
+        if columns is not None and not (isinstance(columns, int) and columns >= 1):
+            raise ValueError(f"chunk must be None or a whole number of columns, at least 1, got {columns!r}")
+        self._chunk = columns
 
     @abstractmethod
     def _columns(self, V: Tensor) -> Tensor: ...
@@ -61,7 +78,12 @@ class Operator(ABC):
         if V.shape[1] == 0:
             return v.clone()
         self.num_matvecs += V.shape[1]
-        return self._columns(V).reshape(v.shape).to(v.dtype)
+        if self.chunk is None or V.shape[1] <= self.chunk:
+            return self._columns(V).reshape(v.shape).to(v.dtype)
+        result = torch.empty_like(v)
+        for own, out in zip(V.split(self.chunk, 1), result.split(self.chunk, 1), strict=True):
+            out.copy_(self._columns(own))
+        return result
 
     def __add__(self, other: Any) -> Operator:
         """A + B; A + 0 is A, so that sum() works."""
@@ -95,11 +117,19 @@ class Operator(ABC):
         """A + s I, whose eigenvalues are those of A plus s."""
         return _combined((1.0, self), shift=s)
 
-    def submatrix(self, index: Any) -> Operator:
-        """A[index, index], the principal submatrix: a slice, a mask (n,), or whole numbers, each once."""
-        from gradcond.curvature.composed import Submatrix
+    def block(self, index: Any, /) -> Any:
+        """The principal sub-block A[index, index]: a slice, a mask (n,), or whole numbers, each once."""
+        from gradcond.curvature.composed import Block
 
-        return Submatrix(self, index)
+        return Block(self, index)
+
+    def check_deterministic(self) -> float:
+        """The largest relative difference of two equal products, among the operators that it is made of.
+
+        Raises:
+            ValueError: one of them differs by more than rounding explains.
+        """
+        return max((A.check_deterministic() for A in self.parts), default=0.0)
 
     def _checked(self, v: Tensor) -> Tensor:
         n, accepted = self.shape[0], {self.dtype, working_dtype(self.dtype)}

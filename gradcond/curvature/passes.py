@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -46,25 +46,52 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def batches(data: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """The pairs (input, target) of the data, on the device."""
+def batches(data: Iterable[Any], device: torch.device, pairs: bool) -> Iterator[Any]:
+    """The batches of the data, on the device; as pairs (input, target) where asked for."""
+
+    def moved(t: Any) -> Any:
+        # an alias, so that requires_grad_() in a loss marks it and not the data
+        return t.to(device).detach() if isinstance(t, Tensor) else t.to(device)
+
     for index, batch in enumerate(data):
-        if not isinstance(batch, list | tuple) or len(batch) != 2:
+        if pairs and (not isinstance(batch, list | tuple) or len(batch) != 2):
             length = f" of length {len(batch)}" if isinstance(batch, list | tuple) else ""
             raise ValueError(
-                f"expected batches (input, target), got {type(batch).__name__}{length} as batch {index}; "
-                "wrap the data or the model so that the model takes one input and loss_fn one target"
+                f"expected batches (input, target), got {type(batch).__name__}{length} as batch {index}; wrap a "
+                "loss that calls the model itself: ModelLoss(lambda model, batch: ...)"
             )
-        input, target = map_tensors(tuple(batch), lambda t: t.to(device))
-        yield input, target
+        yield moved(batch) if hasattr(batch, "to") else map_tensors(batch, moved)
 
 
-def forward(model: nn.Module, input: Any) -> Any:
-    """The model's output with its graph; a mapping is passed as keyword arguments."""
-    # each batch gets its own copy of the buffers, so running statistics and the like move in the copy
+def num_batches(data: Iterable[Any]) -> int | None:
+    """The length of the data, None where it is not known (a loader of an iterable data set has none)."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
+
+
+class _Whole(nn.Module):
+    """A model as a submodule, so that functional_call reaches whatever a function does with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        return function(self.model, batch)
+
+
+def call(
+    function: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any, parameters: Mapping[str, Tensor]
+) -> Any:
+    """``function(model, batch)`` with other parameters in place; the buffers stay as they are."""
+    # each call gets its own copy of the buffers, so running statistics and the like move in the copy
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    args, kwargs = ((), dict(input)) if isinstance(input, Mapping) else ((input,), {})
-    return torch.func.functional_call(model, buffers, args, kwargs) if buffers else model(*args, **kwargs)
+    if not buffers and not parameters:
+        return function(model, batch)
+    tensors = {f"model.{name}": tensor for name, tensor in (*buffers.items(), *parameters.items())}
+    return torch.func.functional_call(_Whole(model), tensors, (function, batch))
 
 
 @contextmanager
@@ -89,29 +116,40 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         yield
 
 
+class Draws:
+    """The state of every global random generator, to be put back."""
+
+    def __init__(self) -> None:
+        self._torch, self._python, self._numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Put the state back."""
+        torch.set_rng_state(self._torch)
+        for device, state in enumerate(self._cuda):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+
+
 @contextmanager
 def _seeded(data: Any, seed: int) -> Iterator[None]:
     """Every generator a pass may draw from starts at the seed, and is put back afterwards."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
     generators = {
         id(g): g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)
     }
-    states = [(g, g.get_state()) for g in generators.values()]
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
-        try:
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            for generator, _ in states:
-                generator.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for generator, state in states:
-                generator.set_state(state)
+    states, draws = [(g, g.get_state()) for g in generators.values()], Draws()
+    try:
+        torch.default_generator.manual_seed(seed)
+        if draws._cuda:
+            torch.cuda.manual_seed_all(seed)
+        for generator, _ in states:
+            generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
+    finally:
+        draws.restore()
+        for generator, state in states:
+            generator.set_state(state)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradcond.curvature.composed import Composed, as_operator
-from gradcond.curvature.factors import require_factor
-from gradcond.curvature.operators import generator_from, working_dtype
+from gradcond.curvature.composed import Block, as_operator
+from gradcond.curvature.factors import Factor, require_factor
+from gradcond.curvature.operators import Operator, generator_from, working_dtype
 
 
-class Preconditioned(Composed):
+class Preconditioned(Operator):
     """P^T H P, the Hessian in the variables z of theta = P z.
 
     Symmetric, with the inertia of H where P is invertible. One product is one of H. That ``factor`` and
@@ -39,7 +40,7 @@ class Preconditioned(Composed):
 
     def __init__(self, H: Any, M: Any) -> None:
         self.M, self.H = require_factor(M), as_operator(H)
-        super().__init__([self.H])
+        super().__init__(self.H.shape[0], self.H.dtype, self.H.device, parts=[self.H])
         generator = generator_from(0)
         u, v = (torch.randn(self.shape[0], generator=generator, dtype=torch.float64) for _ in range(2))
         u, v = (w.to(self.device, working_dtype(self.dtype)) for w in (u, v))
@@ -52,11 +53,30 @@ class Preconditioned(Composed):
                 "factor_transpose must be the transpose of factor"
             )
 
+    def block(self, index: Any, /) -> Operator:
+        """The principal sub-block; where P keeps to the index, P^T H P of the block of H, which can cost less."""
+        whole = Block(self, index)
+        own, n = whole.index, self.shape[0]
+        z = torch.zeros(n, dtype=working_dtype(self.dtype), device=self.device)
+        z[own] = torch.randn(len(own), generator=generator_from(1), dtype=torch.float64).to(z)
+        outside = torch.ones(n, dtype=torch.bool, device=self.device)
+        outside[own] = False
+        if any(bool(self._apply(name, z)[outside].any()) for name in ("factor", "factor_transpose")):
+            return whole
+
+        def restricted(name: str, v: Tensor) -> Tensor:
+            padded = v.new_zeros(n, *v.shape[1:])
+            padded[own] = v
+            return self._apply(name, padded)[own]
+
+        P = Factor(partial(restricted, "factor"), partial(restricted, "factor_transpose"))
+        return Preconditioned(self.H.block(own), P)
+
     def _apply(self, name: str, v: Tensor) -> Tensor:
         out = getattr(self.M, name)(v)
         if out.shape != v.shape:
             raise ValueError(f"expected {name} to return shape {tuple(v.shape)}, got {tuple(out.shape)}")
         return out.to(v.dtype)
 
-    def _product(self, V: Tensor) -> Tensor:
+    def _columns(self, V: Tensor) -> Tensor:
         return self._apply("factor_transpose", self.H @ self._apply("factor", V))

@@ -1,0 +1,165 @@
+"""Empirical and Monte-Carlo Fisher matrices, known by their products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator
+from gradcond.curvature.loss_operator import Evaluation
+from gradcond.curvature.losses import TorchLoss
+from gradcond.curvature.operators import generator_from
+from gradcond.curvature.products import primal_and_tangent
+
+
+class EmpiricalFisher(GaussNewtonOperator):
+    """The mean over data of g_n g_n^T, with g_n the gradient of the loss of datum n at its own target.
+
+        E = sum_n w_n g_n g_n^T / sum_n w_n,   loss = sum_n w_n loss_n / sum_n w_n   (without / for a sum)
+
+    A datum is what the loss has a class target for (a token, a pixel), and otherwise a row of the batch; w_n are
+    the class weights, zero where ignored. Symmetric, positive semi-definite, of rank at most the number of data.
+    E v is J^T (w J v) with J the Jacobian of the losses: two passes, the g_n are never written out. Other losses
+    than torch's return ``(numerators, denominators)``, both (N,), one entry w_n loss_n and w_n a datum. Everything
+    else, the arguments included, is as in :class:`Hessian`.
+
+    References:
+        F. Kunstner, L. Balles, P. Hennig, Limitations of the empirical Fisher approximation for natural gradient
+        descent, 2019.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> EmpiricalFisher(model, torch.nn.MSELoss(), data).to_dense()  # gradients (2, 0) and (0, 8)
+        tensor([[ 2.,  0.],
+                [ 0., 32.]])
+    """
+
+    def _tops(self, output: Any, batch: Any, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
+        terms, weights, evaluation.share = self.objective.terms(output, batch)
+        inverse = torch.where(weights > 0, 1 / weights, 0.0).to(terms.dtype).detach()
+        return [terms], lambda parts, batched: [inverse * part for part in parts]
+
+
+class MonteCarloFisher(GaussNewtonOperator):
+    """The Fisher information with targets drawn from the model's own predictions; its mean is the GGN.
+
+    The loss is read as a negative log-likelihood: cross-entropy as that of a class, binary cross-entropy with
+    logits as that of independent bits, squared error as that of a Gaussian of unit variance for (1/2) |z - y|^2
+    (torch's, which has no 1/2 and a mean over outputs, of variance half the number averaged). Each datum of the
+    empirical Fisher gets mc_samples targets and keeps its weight. Symmetric and positive semi-definite. Every
+    product uses the same samples; they follow the seed and the order of the data, not the batches (of several
+    processes each draws its own). Everything else, the other arguments included, is as in :class:`Hessian`.
+
+    Args:
+        mc_samples: targets drawn for each datum; the standard error falls as its square root.
+        seed: of the samples.
+
+    Raises:
+        ValueError: a loss that is none of the three.
+
+    References:
+        J. Martens, New insights and perspectives on the natural gradient method, 2020, section 5.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1))]
+        >>> F = MonteCarloFisher(model, torch.nn.MSELoss(), data, mc_samples=100_000)
+        >>> F.to_dense().round(decimals=1)  # of GGN, diag(1, 4)
+        tensor([[1., 0.],
+                [0., 4.]])
+    """
+
+    def __init__(self, *args: Any, mc_samples: int = 1, seed: int = 0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.mc_samples, self.seed = mc_samples, seed
+        if mc_samples < 1:
+            raise ValueError(f"expected mc_samples >= 1, got {mc_samples}")
+        self.objective.require_output(type(self).__name__)
+        loss = self.objective.torch_loss
+        if loss is None or loss.name not in _LIKELIHOODS:
+            raise ValueError(
+                f"expected a loss that is a likelihood ({', '.join(_LIKELIHOODS)}; module or function), "
+                f"got {self.loss_fn}; GGN takes any loss"
+            )
+        self._generator = generator_from(seed)
+
+    def _settings(self) -> tuple[int, ...]:
+        return self.mc_samples, self.seed
+
+    def _mean(self, *args: Any) -> Tensor:
+        # every pass draws the same, and every process for itself
+        self._generator = generator_from(self.seed + (self.processes.rank << 32))
+        return super()._mean(*args)
+
+    def _tops(self, output: Any, batch: Any, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
+        loss, target = self.objective.torch_loss, self.objective.target(batch)
+        assert loss is not None
+
+        def uniform(rows: int, numbers: int) -> Tensor:
+            # drawn once a batch however often it is evaluated, on the CPU: the same on every device
+            if evaluation.noise is None:
+                shape = (rows, self.mc_samples, numbers)
+                evaluation.noise = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+            return evaluation.noise.to(output.device)
+
+        _, evaluation.share = self.objective.of(output, batch)
+        top = _LIKELIHOODS[loss.name](output, target, loss, uniform)
+        scale = self.objective.scale(output, batch) / self.mc_samples
+        return [top], lambda parts, batched: [scale * part for part in parts]
+
+
+# Each of these has, for each datum and sample, <s, z>: s is the slope of the datum's loss at a drawn target, times
+# what makes E[s s^T] the curvature of that loss in z.
+Uniform = Callable[[int, int], Tensor]  # (data, numbers) -> (data, samples, numbers)
+
+
+def _classes(z: Tensor, target: Tensor, loss: TorchLoss, uniform: Uniform) -> Tensor:
+    rows = _classes_last(z)
+    count, classes = rows.shape
+    p = primal_and_tangent(rows)[0].detach().double().softmax(1)
+    drawn = torch.searchsorted(p.cumsum(1), uniform(count, 1)[..., 0]).clamp_max(classes - 1)
+    weight, smoothing = loss.options["weight"], loss.options.get("label_smoothing", 0.0)
+    weight = torch.ones_like(p[0]) if weight is None else weight.double()
+    if loss.has_class_targets(target):
+        at = target.reshape(-1)
+        kept = at != loss.options["ignore_index"]
+        curvature = ((1 - smoothing) * weight[at.where(kept, 0)] + smoothing * weight.mean()) * kept
+    else:
+        curvature = ((1 - smoothing) * _classes_last(target).double() + smoothing / classes) @ weight
+    inner = (p.to(rows.dtype) * rows).sum(1, keepdim=True) - rows.gather(1, drawn)
+    return curvature.sqrt()[:, None].to(rows.dtype) * inner
+
+
+def _bits(z: Tensor, target: Tensor, loss: TorchLoss, uniform: Uniform) -> Tensor:
+    rows = _flat_rows(z)
+    p = primal_and_tangent(rows)[0].detach().double().sigmoid()[:, None]
+    weight, positive = loss.options["weight"], loss.options.get("pos_weight")
+    curvature = torch.ones_like(z, dtype=torch.double) if weight is None else weight.double().expand_as(z)
+    if positive is not None:
+        curvature = curvature * (target * positive + 1 - target)
+    slopes = (p - (uniform(len(rows), rows.shape[1]) < p).double()) * _flat_rows(curvature).sqrt()[:, None]
+    return torch.einsum("nc,nsc->ns", rows, slopes.detach().to(rows.dtype))
+
+
+def _gaussian(z: Tensor, target: Tensor, loss: TorchLoss, uniform: Uniform) -> Tensor:
+    rows = _flat_rows(z)
+    # by the inverse distribution function: torch.randn of two batches is not that of both
+    normal = torch.special.ndtri(uniform(len(rows), rows.shape[1]).clamp_min(2.0**-54))
+    return torch.einsum("nc,nsc->ns", rows, (2**0.5 * normal).to(rows.dtype))
+
+
+def _classes_last(z: Tensor) -> Tensor:
+    """(data, classes): the classes are the second dimension, or the only one."""
+    return z[None] if z.ndim == 1 else z.movedim(1, -1).reshape(-1, z.shape[1])
+
+
+def _flat_rows(z: Tensor) -> Tensor:
+    return z.reshape(z.shape[0] if z.ndim else 1, -1)
+
+
+_LIKELIHOODS = {"cross_entropy": _classes, "binary_cross_entropy_with_logits": _bits, "mse_loss": _gaussian}

@@ -1,0 +1,59 @@
+"""Matrices J^T B J: J the Jacobian of what a model computes, B a small matrix for each batch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradcond.curvature.loss_operator import Evaluation, LossOperator
+from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent
+
+Bend = Callable[[Parts, bool], Parts]  # the product with B
+
+
+class GaussNewtonOperator(LossOperator):
+    """J^T B J on all batches concatenated; subclasses say what J is of, and what B is, in ``_tops``."""
+
+    @abstractmethod
+    def _tops(self, output: Any, batch: Any, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
+        """The tensors whose Jacobian is J, and the product with B."""
+
+    def _evaluate(self, evaluation: Evaluation, parameters: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
+        def function(model: nn.Module, batch: Any) -> tuple[list[Tensor], Bend]:
+            return self._tops(self.objective.output(model, batch), batch, evaluation)
+
+        return evaluation(function, parameters)
+
+    def _double_backward(self, evaluation: Evaluation) -> Product:
+        parameters = self.parameters
+        tops, bend = self._evaluate(evaluation)
+        # J^T u is linear in u: its derivative along v is J v
+        dummies = [torch.zeros_like(z, requires_grad=True) for z in tops]
+        pulled = grad(tops, parameters, dummies, create_graph=True)
+        linear = [i for i, g in enumerate(pulled) if g.requires_grad]
+
+        def product(parts: Parts, batched: bool) -> Parts:
+            if not linear:
+                return [torch.zeros_like(part) for part in parts]
+            directions = [parts[i] for i in linear]
+            pushed = grad([pulled[i] for i in linear], dummies, directions, batched=batched)
+            return grad(tops, parameters, bend(pushed, batched), batched=batched)
+
+        return product
+
+    def _forward_over_reverse(self, evaluation: Evaluation) -> Product:
+        parameters = self.parameters
+        of_name = dict(zip(self.names, parameters, strict=True))
+
+        def product(parts: Parts, batched: bool) -> Parts:
+            with duals(of_name, parts) as moved:
+                tops, bend = self._evaluate(evaluation, moved)
+                both = [primal_and_tangent(z) for z in tops]
+            bent = bend([tangent.detach() for _, tangent in both], batched)
+            return grad([primal for primal, _ in both], parameters, bent)
+
+        return product

@@ -1,0 +1,136 @@
+"""Products of a batch's matrix with vectors by two methods, and the timed probe that chooses between them."""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+Parts = Sequence[Tensor]  # one tensor a parameter
+# a product of one vector, or of several stacked in front of each part (batched=True)
+Product = Callable[[Parts, bool], Parts]
+METHODS = ("auto", "double_backward", "forward_over_reverse")
+
+
+def grad(
+    ys: Parts, xs: Parts, vs: Parts | None = None, create_graph: bool = False, batched: bool = False
+) -> tuple[Tensor, ...]:
+    """Vector-Jacobian product, zeros where x does not enter y; the graph of y is kept."""
+    if not any(y.requires_grad for y in ys):
+        raise ValueError("expected a loss that depends on the trainable parameters; is it detached?")
+    options: dict[str, Any] = {"create_graph": create_graph, "is_grads_batched": batched}
+    slopes = torch.autograd.grad(ys, xs, vs, retain_graph=True, allow_unused=True, **options)
+    lead = vs[0].shape[:1] if batched and vs else ()
+    return tuple(x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(slopes, xs, strict=True))
+
+
+@functools.cache
+def _warm_forward_mode() -> None:
+    """The first dual number makes torch load its decompositions, by a function that it deprecates itself."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+@contextmanager
+def duals(parameters: Mapping[str, Tensor], tangents: Parts) -> Iterator[dict[str, Tensor]]:
+    """The parameters with tangents: whatever is computed from them inside carries its directional derivative."""
+    _warm_forward_mode()
+    with forward_ad.dual_level():
+        yield {name: forward_ad.make_dual(p, v) for (name, p), v in zip(parameters.items(), tangents, strict=True)}
+
+
+def primal_and_tangent(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of a dual number; zero is the tangent of any other."""
+    primal, tangent = forward_ad.unpack_dual(z)
+    return primal, torch.zeros_like(primal) if tangent is None else tangent
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Which product method was taken, and why."""
+
+    method: str  # "double_backward" or "forward_over_reverse"
+    reason: str
+    seconds: dict[str, float] = field(default_factory=dict)  # per product with the first batch, by method
+
+
+def probe(
+    build: Callable[[], Product], forward: Product, parts: Parts, method: str, reuse: bool, dtype: torch.dtype
+) -> Probe:
+    """Compares the methods on the first batch: the faster one where both agree.
+
+    The second run of each is timed. Double backward, which has kernels for most, is the one to agree with.
+    """
+    seconds: dict[str, float] = {}
+    for _ in range(2):
+        product, building = _timed(build, parts[0].device)
+        reference, applying = _timed(functools.partial(product, parts, False), parts[0].device)
+        del product  # one graph at a time
+        seconds["double_backward"] = applying + (0 if reuse else building)
+    try:
+        result = forward(parts, False)
+        if method == "auto":
+            _, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
+    except (RuntimeError, NotImplementedError) as error:
+        if method != "auto":
+            raise
+        return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds)
+    difference = relative_difference(result, reference)
+    if not difference <= _agreement(dtype):
+        if method != "auto":
+            raise ValueError(
+                f"forward over reverse differs from double backward by {difference:.1e} of the product: an "
+                'operation of the model has no or a wrong forward derivative; use method="double_backward"'
+            )
+        return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds)
+    if method != "auto":
+        return Probe(method, "asked for, and agrees with double backward")
+    # a quarter: near a tie the choice, and with it the rounding, should not depend on the load of the machine
+    faster = seconds["forward_over_reverse"] < 0.75 * seconds["double_backward"]
+    return Probe("forward_over_reverse" if faster else "double_backward", "the faster one", seconds)
+
+
+def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
+    """Whether several vectors in one vectorized pass are faster than one after the other, and agree."""
+
+    def looped() -> list[Parts]:
+        return [product(parts, False) for parts in zip(*(part.unbind(0) for part in stacked), strict=True)]
+
+    try:
+        together = product(stacked, True)
+        _, vectorized = _timed(lambda: product(stacked, True), stacked[0].device)
+    except (RuntimeError, NotImplementedError):  # no batching rule, or a Python function without one
+        return False
+    _, one_by_one = _timed(looped, stacked[0].device)
+    columns = [torch.stack(parts) for parts in zip(*looped(), strict=True)]
+    return vectorized < 0.75 * one_by_one and relative_difference(together, columns) <= _agreement(dtype)
+
+
+def _agreement(dtype: torch.dtype) -> float:
+    """Half the digits: far above rounding, far below the percents of a wrong derivative."""
+    return 2 * torch.finfo(dtype).eps ** 0.5
+
+
+def relative_difference(parts: Parts, others: Parts) -> float:
+    """The norm of the difference over that of the others."""
+    a, b = (torch.cat([part.detach().reshape(-1).double() for part in side]) for side in (parts, others))
+    return float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """The result, and the seconds it took."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait(device)
+    start = time.perf_counter()
+    result = function()
+    wait(device)
+    return result, time.perf_counter() - start

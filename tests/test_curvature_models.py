@@ -1,0 +1,271 @@
+"""Models that other tools crash on, by both product methods, against the dense double-backward matrix."""
+
+import tempfile
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_curvature import assert_same_operator, ggn_of, hessian_of, jacobian, trainable
+from torch import distributed, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
+
+
+class Lambda(nn.Module):
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def mlp(*middle, out=3):
+    return nn.Sequential(nn.Linear(4, 4), *middle, nn.Tanh(), nn.Linear(4, out))
+
+
+def fused_attention(m, x):
+    q, k, v = m.qkv(x).view(*x.shape[:2], 3, 2, 2).permute(2, 0, 3, 1, 4)
+    return m.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).flatten(1))
+
+
+def scaled(m, x):
+    return m.inner(x) + m.shift  # the shift is linear in the output
+
+
+def with_parameter(module, **parameters):
+    for name, value in parameters.items():
+        module.register_parameter(name, nn.Parameter(value))
+    return module
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+def frozen():
+    model = mlp(nn.Tanh(), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    return model
+
+
+def image_norm(norm):
+    return nn.Sequential(nn.Conv2d(2, 4, 2), norm, nn.Softplus(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def recurrent(kind):
+    return Lambda(lambda m, x: m.out(m.cell(x)[0][:, -1]), cell=kind(4, 3, batch_first=True), out=nn.Linear(3, 3))
+
+
+def transformer():
+    return nn.Sequential(
+        nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 3)
+    )
+
+
+def attention():
+    module = nn.MultiheadAttention(4, 2, batch_first=True)
+    return Lambda(
+        lambda m, x: m.out(m.inner(x, x, x, need_weights=False)[0].mean(1)), inner=module, out=nn.Linear(4, 3)
+    )
+
+
+def checkpointed():
+    return Lambda(lambda m, x: checkpoint(m.inner, x, use_reentrant=False), inner=mlp())
+
+
+NORMS = {
+    "layer norm": (lambda: mlp(nn.LayerNorm(4)), (4,)),
+    "instance norm": (lambda: image_norm(nn.InstanceNorm2d(4, affine=True)), (2, 3, 3)),
+    "group norm": (lambda: image_norm(nn.GroupNorm(2, 4)), (2, 3, 3)),
+    "batch norm, train": (lambda: mlp(nn.BatchNorm1d(4)), (4,)),
+    "batch norm, eval": (lambda: mlp(nn.BatchNorm1d(4)).eval(), (4,)),
+}
+MODELS = {
+    **NORMS,
+    "fused attention": (lambda: Lambda(fused_attention, qkv=nn.Linear(4, 12), out=nn.Linear(12, 3)), (3, 4)),
+    "encoder, train": (transformer, (3, 4)),
+    "encoder, eval": (lambda: transformer().eval(), (3, 4)),
+    "multi-head attention": (attention, (3, 4)),
+    "lstm": (lambda: recurrent(nn.LSTM), (3, 4)),
+    "gru": (lambda: recurrent(nn.GRU), (3, 4)),
+    "unused": (lambda: with_parameter(mlp(), nothing=torch.ones(3)), (4,)),
+    "tied": (tied, (4,)),
+    "frozen": (frozen, (4,)),
+    "linear in the loss": (lambda: with_parameter(Lambda(scaled, inner=mlp()), shift=torch.zeros(3)), (4,)),
+    "dropout off": (lambda: mlp(nn.Dropout(0.5)).eval(), (4,)),
+    "compiled": (lambda: torch.compile(mlp(), backend="eager"), (4,)),
+    "checkpointed": (checkpointed, (4,)),
+    "data parallel": (lambda: nn.DataParallel(mlp()), (4,)),
+    "spectral norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 3)),
+        (4,),
+    ),
+}
+
+
+def dense(kind, model, output, loss):
+    """The matrix of loss(output()), with the attention that has second derivatives; buffers are put back."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    torch.backends.mha.set_fastpath_enabled(False)
+    with sdpa_kernel(SDPBackend.MATH):
+        if kind is Hessian:
+            matrix = hessian_of(lambda: loss(output()), trainable(model))
+        else:
+            matrix = ggn_of(output(), loss, trainable(model))
+    torch.backends.mha.set_fastpath_enabled(True)
+    for name, b in model.named_buffers():
+        b.copy_(buffers[name])
+    return matrix
+
+
+# (model, operator) where torch has no forward derivative: "auto" falls back and says so, asking for it raises
+NO_FORWARD = {
+    ("group norm", Hessian),
+    *(("checkpointed", kind) for kind in (Hessian, GGN)),
+    *(("spectral norm", kind) for kind in (Hessian, GGN)),
+}
+
+
+@pytest.mark.parametrize("method", ["double_backward", "forward_over_reverse"])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, kind, method):
+    build, shape = MODELS[name]
+    model, x, y = build(), torch.randn(5, *shape), torch.randint(0, 3, (5,))
+    exact = dense(kind, model, lambda: model(x), lambda z: F.cross_entropy(z, y))
+    data = [(x, y)]
+    if method == "forward_over_reverse" and (name, kind) in NO_FORWARD:
+        with pytest.raises(RuntimeError):
+            kind(model, nn.CrossEntropyLoss(), data, method=method).to_dense()
+        method = "auto"
+    H = kind(model, nn.CrossEntropyLoss(), data, method=method)
+    assert_same_operator(H, exact)
+    if method == "auto":
+        assert H.probe.method == "double_backward" and "no forward mode" in repr(H)
+
+
+@pytest.mark.parametrize("method", ["double_backward", "forward_over_reverse"])
+@pytest.mark.parametrize("kind", [EmpiricalFisher, MonteCarloFisher])
+@pytest.mark.parametrize("name", NORMS)
+def test_fisher_behind_normalization(name, kind, method):
+    build, shape = NORMS[name]
+    model, x, y = build(), torch.randn(5, *shape), torch.randint(0, 3, (5,))
+    F_op = kind(model, nn.CrossEntropyLoss(), [(x, y)], method=method)
+    z = model(x)
+    if kind is MonteCarloFisher:  # the documented draw: one uniform number a datum, through the distribution
+        uniform = torch.rand(5, 1, generator=torch.Generator().manual_seed(0))
+        y = (z.softmax(1).cumsum(1) < uniform).sum(1)
+    J = jacobian(F.cross_entropy(z, y, reduction="none"), trainable(model))
+    assert_same_operator(F_op, J.mT @ J / 5)
+
+
+@pytest.fixture
+def group():
+    with tempfile.NamedTemporaryFile() as file:
+        distributed.init_process_group("gloo", init_method=f"file://{file.name}.store", rank=0, world_size=1)
+        yield
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_distributed_data_parallel(kind, group):
+    inner, x, y = mlp(), torch.randn(5, 4), torch.randint(0, 3, (5,))
+    exact = dense(kind, inner, lambda: inner(x), lambda z: F.cross_entropy(z, y))
+    model = nn.parallel.DistributedDataParallel(inner)
+    assert_same_operator(kind(model, nn.CrossEntropyLoss(), [(x, y)]), exact)
+    F.cross_entropy(model(x), y).backward()  # its reducer was not disturbed
+    assert inner[0].weight.grad.norm() > 0
+
+
+class LanguageModel(nn.Module):
+    """Takes and returns what the models of Hugging Face do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 4), nn.Linear(4, 6)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.head(self.embedding(input_ids).tanh())
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return Output(loss=loss, logits=logits)
+
+
+class Output(OrderedDict):
+    """A dict with attributes."""
+
+    @property
+    def loss(self):
+        return self["loss"]
+
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+def token_batches(sizes, ignored):
+    ids, labels = torch.randint(0, 6, (sum(sizes), 3)), torch.randint(0, 6, (sum(sizes), 3))
+    labels.view(-1)[:ignored] = -100
+    whole = {"input_ids": ids, "labels": labels}
+    parts = zip(ids.split(sizes), labels.split(sizes), strict=True)
+    return whole, [{"input_ids": i, "labels": k} for i, k in parts]
+
+
+SPLIT = ModelLoss(
+    nn.CrossEntropyLoss(),
+    output=lambda model, batch: model(batch["input_ids"]).logits.flatten(0, 1),
+    target=lambda batch: batch["labels"].flatten(),
+)
+
+
+@pytest.mark.parametrize("sizes, ignored", [([3, 1], 4), ([2, 2], 4)])
+def test_models_that_compute_their_loss(sizes, ignored):
+    model = LanguageModel()
+    whole, data = token_batches(sizes, ignored)
+    exact = hessian_of(lambda: model(**whole).loss, trainable(model))
+    own = ModelLoss(lambda model, batch: model(**batch))
+    H = Hessian(model, own, data, weight_fn=lambda batch: (batch["labels"] != -100).sum())
+    assert_same_operator(H, exact)
+    assert_same_operator(Hessian(model, SPLIT, data), exact)
+    with pytest.raises(ValueError, match=r"numerator, denominator.*weight_fn"):
+        Hessian(model, own, data).loss()
+    with pytest.raises(ValueError, match=r"GGN needs .*output="):
+        GGN(model, own, data)
+    logits = model(whole["input_ids"]).logits.flatten(0, 1)
+    ggn = ggn_of(logits, lambda z: F.cross_entropy(z, whole["labels"].flatten()), trainable(model))
+    assert_same_operator(GGN(model, SPLIT, data), ggn)
+    with pytest.raises(ValueError, match="scalar tensor, got NoneType"):
+        Hessian(model, own, [{"input_ids": whole["input_ids"]}]).loss()
+
+
+def residual(model, batch):
+    """U'' = -sin(x) with its boundary values: derivatives of the network inside the loss."""
+    x = batch.requires_grad_()
+    u = model(x)
+    slope = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+    bend = torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+    return ((bend + x.sin()) ** 2).mean() + model(torch.zeros(1, 1)).square().sum()
+
+
+@pytest.mark.parametrize("method", ["double_backward", "forward_over_reverse", "auto"])
+def test_physics_informed_loss(method):
+    model, x = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1)), torch.rand(6, 1)
+    H = Hessian(model, ModelLoss(residual), list(x.split(3)), method=method)
+    assert_same_operator(H, hessian_of(lambda: residual(model, x.clone()), trainable(model)))
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN, EmpiricalFisher, MonteCarloFisher])
+def test_half_precision(kind):
+    model, x, y = mlp(), torch.randn(6, 4).bfloat16(), torch.randint(0, 3, (6,))
+    exact = kind(model.bfloat16().double(), nn.CrossEntropyLoss(), [(x.double(), y)]).to_dense()
+    for method in ("double_backward", "forward_over_reverse"):
+        H = kind(model.bfloat16(), nn.CrossEntropyLoss(), [(x, y)], method=method)
+        assert (H.to_dense().double() - exact).norm() <= 0.05 * exact.norm()

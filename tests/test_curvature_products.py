@@ -1,0 +1,457 @@
+"""Both product methods, the graph that is kept for a single batch, blocks, and what a product leaves behind."""
+
+import copy
+import functools
+import gc
+import pickle
+import random
+import resource
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from dense_curvature import assert_same_operator, dense_ggn, dense_hessian, split
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
+from gradcond.curvature.products import Probe
+
+KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
+KIBIBYTE = 1024 if sys.platform == "darwin" else 1
+METHODS = ["double_backward", "forward_over_reverse"]
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).eval()
+
+
+def problem(rows=6):
+    return mlp(), torch.randn(rows, 4), torch.randint(0, 3, (rows,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_agree_and_the_probe_tells(kind):
+    model, x, y = problem()
+    results = []
+    for method in (*METHODS, "auto"):
+        H = kind(model, nn.CrossEntropyLoss(), split(x, y, [4, 2]), method=method)
+        assert H.probe is None
+        results.append(H.to_dense())
+        assert H.probe.method in (METHODS if method == "auto" else [method])
+    assert set(H.probe.seconds) == set(METHODS) and "s a batch" in repr(H)
+    for result in results:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-13 * float(results[0].abs().max()))
+
+
+class WrongForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+    @staticmethod
+    def jvp(ctx, t):
+        return 1.01 * t * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class Wrong(nn.Module):
+    def forward(self, x):
+        return WrongForward.apply(x)
+
+
+@pytest.mark.parametrize("kind, dense", [(Hessian, dense_hessian), (GGN, dense_ggn)])
+def test_a_wrong_forward_derivative_is_found(kind, dense):
+    _, x, y = problem()
+    model = nn.Sequential(nn.Linear(4, 4), Wrong(), nn.Linear(4, 3))
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)])
+    assert_same_operator(H, dense(model, F.cross_entropy, x, y))
+    assert H.probe.method == "double_backward" and "differs" in H.probe.reason
+    with pytest.raises(ValueError, match=r"forward over reverse differs .*double_backward"):
+        kind(model, nn.CrossEntropyLoss(), [(x, y)], method="forward_over_reverse").to_dense()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns(kind, together, chunk):
+    model, x, y = problem()
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], chunk=chunk)
+    H.probe, H._batching = Probe("double_backward", "for the test"), together
+    V = torch.randn(H.shape[0], 5)
+    one_by_one = torch.stack([H @ v for v in V.unbind(1)], 1)
+    torch.testing.assert_close(H @ V, one_by_one, rtol=0, atol=1e-13)
+    assert H.num_matvecs == 10
+
+
+def replace_weight(model, x, y, loss):
+    model[0].weight = nn.Parameter(torch.ones(4, 4))
+
+
+def load(model, x, y, loss):
+    model.load_state_dict({name: 0.5 * t for name, t in model.state_dict().items()})
+
+
+def to_train(model, x, y, loss):
+    model.train()
+
+
+@torch.no_grad()
+def through_data(model, x, y, loss):
+    model[3].weight.data.mul_(1.5)  # moves no version counter
+
+
+@torch.no_grad()
+def in_place(model, x, y, loss):
+    model[0].weight.mul_(1.5)
+
+
+def a_buffer(model, x, y, loss):
+    model[1].running_var.fill_(4.0)
+
+
+def a_setting(model, x, y, loss):
+    model[1].eps = 0.5
+
+
+def the_input(model, x, y, loss):
+    x.numpy()[0] += 1.0  # behind torch's back
+
+
+def the_target(model, x, y, loss):
+    y.copy_((y + 1) % 3)
+
+
+def the_loss(model, x, y, loss):
+    loss.label_smoothing = 0.3
+
+
+def the_class_weights(model, x, y, loss):
+    loss.weight.mul_(torch.tensor([1.0, 2.0, 3.0]))
+
+
+def a_module(model, x, y, loss):
+    model[2] = nn.Sigmoid()
+
+
+def a_hook(model, x, y, loss):
+    model[0].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+CHANGES = {
+    function.__name__: function
+    for function in (
+        *(replace_weight, load, to_train, through_data, in_place, a_buffer, a_setting, the_input, the_target),
+        *(the_loss, the_class_weights, a_module, a_hook),
+    )
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_kept_graph_is_never_stale(name, kind):
+    model, x, y = problem()
+    loss = nn.CrossEntropyLoss(weight=torch.ones(3))
+
+    def make():
+        return kind(model, loss, [(x, y)], method="double_backward")
+
+    H, v = make(), torch.randn(make().shape[0])
+    before = H @ v
+    kept = H._kept
+    assert torch.equal(H @ v, before) and H._kept is kept
+    CHANGES[name](model, x, y, loss)
+    after = H @ v
+    torch.testing.assert_close(after, make() @ v, rtol=0, atol=1e-13)
+    assert H._kept is not kept
+    if kind is Hessian:  # the others do not depend on everything
+        assert (after - before).norm() > 1e-4 * before.norm()
+
+
+SCALE = torch.ones(())
+
+
+def scaled(output, target):
+    return SCALE * F.cross_entropy(output, target)
+
+
+def test_what_a_loss_closes_over_and_names_is_watched():
+    model, x, y = problem()
+    factors = {"inner": 1.0}
+
+    def closed(output, target):
+        return factors["inner"] * F.cross_entropy(output, target)
+
+    class Held:
+        factor = 1.0
+
+        def __call__(self, output, target):
+            return self.factor * F.cross_entropy(output, target)
+
+    held, attribute = Held(), nn.Sequential(model)
+    held.factor, attribute.temperature = 1.0, 1.0
+    own = ModelLoss(lambda model, batch: attribute.temperature * F.cross_entropy(model(batch[0]), batch[1]))
+    partial = functools.partial(lambda o, t, settings: settings[0] * F.cross_entropy(o, t), settings=[1.0])
+    for loss in (closed, scaled, held, own, partial):
+        H = Hessian(model, loss, [(x, y)], method="double_backward")
+        v = torch.ones(H.shape[0])
+        once = H @ v
+        factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 2.0
+        SCALE.fill_(2.0)
+        torch.testing.assert_close(H @ v, 2 * once)
+        factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 1.0
+        SCALE.fill_(1.0)
+
+
+def test_a_loader_of_one_batch_is_read_again():
+    model, x, y = problem()
+    inputs = TensorDataset(x, y)
+    H = Hessian(model, nn.CrossEntropyLoss(), DataLoader(inputs, 6), method="double_backward")
+    v = torch.ones(H.shape[0])
+    once, kept = H @ v, H._kept
+    assert torch.equal(H @ v, once) and H._kept is kept
+    x.mul_(2)
+    torch.testing.assert_close(H @ v, dense_hessian(model, F.cross_entropy, x, y) @ v)
+
+
+def live():
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory(kind, method):
+    model, x, y = problem()
+    gc.collect()
+    empty = live()
+    gc.disable()  # nothing may wait for the collector
+    try:
+        H = kind(model, nn.CrossEntropyLoss(), [(x, y)], method=method)
+        v = torch.ones(H.shape[0])
+        for _ in range(5):
+            H @ v
+        gc.collect()
+        objects, tensors = len(gc.get_objects()), live()
+        for _ in range(100):
+            H @ v
+        assert live() == tensors
+        gc.collect()
+        assert len(gc.get_objects()) - objects < 100  # fewer than one a product
+        H.release()
+        assert H._kept is None
+        H @ v
+        del H
+        assert live() <= empty + 1  # v
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batches", [1, 2])
+def test_memory_of_graphs(batches, method):
+    rows = 20_000
+    model, x, y = (
+        nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3)),
+        torch.randn(rows, 4),
+        torch.zeros(rows),
+    )
+    H = Hessian(model, nn.CrossEntropyLoss(), split(x, y.long(), rows // batches), method=method)
+    v = torch.ones(H.shape[0])
+    H @ v
+    H @ v
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(30):
+        H @ v
+    # in kibibytes (bytes on a Mac): the activations of one layer in each product would be 30 x 2.5 MB
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / KIBIBYTE < 30_000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_leave_the_graph_behind(kind):
+    model, x, y = problem()
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    v = torch.ones(H.shape[0])
+    product = H @ v
+    for twin in (copy.deepcopy(H), copy.copy(H), pickle.loads(pickle.dumps(H))):
+        assert twin._kept is None and H._kept is not None
+        torch.testing.assert_close(twin @ v, product, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks(kind, method):
+    model, x, y = problem()
+    H = kind(model, nn.CrossEntropyLoss(), split(x, y, [4, 2]), method=method)
+    dense, V = H.to_dense(), torch.randn(H.shape[0], 2)
+    assert list(H.slices) == H.names and H.slices["3.bias"] == slice(H.shape[0] - 3, H.shape[0])
+    for pattern in (["0.*"], ["*.weight"], ["3.bias", "1.*"], ["*"]):
+        block = H.block(*pattern)
+        rows = torch.cat([torch.arange(H.shape[0])[H.slices[name]] for name in block.names])
+        torch.testing.assert_close(block @ V[rows], dense[rows][:, rows] @ V[rows], rtol=0, atol=1e-13)
+    assert H.num_matvecs == len(dense) and block.num_matvecs == 2
+    with pytest.raises(ValueError, match=r"no parameter matches 'fc\*'; expected .*'0.weight', '0.bias'"):
+        H.block("0.*", "fc*")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_block_of_an_index_is_that_of_names_where_it_can_be(kind):
+    model, x, y = problem()
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], chunk=3)
+    dense, weight, bias = H.to_dense(), H.slices["0.weight"], H.slices["3.bias"]
+    whole = torch.cat([torch.arange(H.shape[0])[own] for own in (weight, bias)])
+    cases = {"whole": (whole, True), "permuted": (whole.flip(0), False), "part": (whole[1:], False)}
+    for index, by_names in cases.values():
+        block = H.block(index)
+        assert hasattr(block, "names") == by_names and block.chunk == 3
+        torch.testing.assert_close(block.to_dense(), dense[index][:, index], rtol=0, atol=1e-13)
+    assert H.block(whole).names == ["0.weight", "3.bias"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_block_costs_what_it_needs(method):
+    ran = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            ran.append(1)
+            return g.clone()
+
+        @staticmethod
+        def jvp(ctx, t):
+            return t.clone()
+
+    class Watch(nn.Module):
+        def forward(self, x):
+            return Watched.apply(x)
+
+    _, x, y = problem()
+    model = nn.Sequential(nn.Linear(4, 4), Watch(), nn.Linear(4, 3))
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method=method)
+    last = H.block("2.*")
+    last @ torch.ones(last.shape[0])
+    assert not ran
+    H @ torch.ones(H.shape[0])
+    assert ran
+
+
+class Interrupts(nn.Module):
+    """Raises in the middle of the forward pass, of the first or of the second backward pass."""
+
+    def __init__(self, where, error):
+        super().__init__()
+        self.where, self.error, self.calls = where, error, 0
+
+    def forward(self, x):
+        if self.where == "forward":
+            raise self.error
+        outer = self
+
+        class Identity(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, g):
+                if outer.where == "backward":
+                    raise outer.error
+                return Second.apply(g)
+
+        class Second(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, g):
+                return g.clone()
+
+            @staticmethod
+            def backward(ctx, g):
+                raise outer.error
+
+        return Identity.apply(x)
+
+
+def everything(model, data):
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    return (
+        [t.clone() for t in tensors],
+        [(p.requires_grad, p._backward_hooks) for p in model.parameters()],
+        [module.training for module in model.modules()],
+        (torch.get_rng_state(), data.generator.get_state(), torch.tensor(np.random.get_state()[1].astype(int))),
+        (random.getstate(), torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()),
+        (torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.autograd.forward_ad._current_level),
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), RuntimeError("fails")], ids=["interrupt", "error"])
+@pytest.mark.parametrize("where", [None, "forward", "backward", "second backward"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_left_changed(kind, method, where, error):
+    layers = [nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 3)]
+    model = nn.Sequential(*layers[:3], *([] if where is None else [Interrupts(where, error)]), layers[3])
+    model[0].register_forward_hook(lambda module, args, output: output + random.random() + np.random.rand())
+    x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    nn.CrossEntropyLoss()(nn.Sequential(*layers)(x), y).backward()
+    layers[0].weight.register_hook(lambda g: g)
+    data = DataLoader(TensorDataset(x, y), 4, shuffle=True, generator=torch.Generator().manual_seed(3))
+    H = kind(model, nn.CrossEntropyLoss(), data, method=method)
+    before = everything(model, data)
+    if where is None:
+        v = torch.ones(H.shape[0])
+        assert torch.equal(H @ v, H @ v)  # the same masks and order every time
+    else:
+        with pytest.raises(type(error)):
+            H @ torch.ones(H.shape[0])
+    after = everything(model, data)
+    torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
+    assert after[1:3] == before[1:3] and all(map(torch.equal, after[3], before[3])) and after[4:] == before[4:]
+    assert H._kept is None
+
+
+def test_an_interrupted_product_with_a_kept_graph_leaves_it_right(monkeypatch):
+    model, x, y = problem()
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    v = torch.ones(H.shape[0])
+    product = H @ v
+
+    def stops(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.autograd, "grad", stops)
+        H @ v
+    assert torch.equal(H @ v, product)
+
+
+def test_bad_options():
+    model, x, y = problem()
+    with pytest.raises(ValueError, match=r"expected method in .*got 'reverse'"):
+        Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="reverse")
+    with pytest.raises(ValueError, match=r"chunk must be None or .*, got 0"):
+        Hessian(model, nn.CrossEntropyLoss(), [(x, y)], chunk=0)
+    with pytest.raises(ValueError, match="output="):
+        ModelLoss(lambda model, batch: 0, target=lambda batch: batch)
+
+
+def test_other_samples_are_other_products():
+    model, x, y = problem()
+    M = MonteCarloFisher(model, nn.CrossEntropyLoss(), [(x, y)])
+    v = torch.ones(M.shape[0])
+    once = M @ v
+    M.seed = 1
+    assert not torch.allclose(M @ v, once)
+    M.seed, M.mc_samples = 0, 5
+    assert not torch.allclose(M @ v, once)
+    M.mc_samples = 1
+    torch.testing.assert_close(M @ v, once)
