@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from layer_blocks import LayerBlock
 from spectra import Numbers, bulk, scalars
 from torch import Tensor
@@ -64,7 +65,10 @@ class Conditions:
         """Return the numbers of a layer's output units, of up to `most` where the matrix is not written out."""
         count = len(block.units)
         chosen = range(count) if self.exact else np.unique(np.linspace(0, count - 1, most).round().astype(int))
-        measured = [self.of_block(block.units[unit]) for unit in chosen]
+        # within the layer's block, so that a product costs what the layer does
+        layer = {name: _block(matrix, block.index) for name, matrix in self.matrices.items()}
+        rows = [torch.searchsorted(block.index, block.units[unit]) for unit in chosen]
+        measured = [{name: self._numbers(_block(own, row)) for name, own in layer.items()} for row in rows]
         return {
             "count": count,
             "measured": [int(unit) for unit in chosen],

@@ -16,7 +16,7 @@ class LayerBlock:
 
     name: str
     kind: str  # the type of the module
-    index: Tensor  # (parameters,)
+    index: Tensor  # (parameters,) ascending
     units: list[Tensor] = field(default_factory=list)  # of each output unit, its row's weights and biases
     layer: Layer | None = None
 
@@ -40,7 +40,8 @@ def find_blocks(model: nn.Module) -> list[LayerBlock]:
         free[block.index] = False
     for name, module in model.named_modules():
         own = [places[id(p)].flatten() for p in module.parameters(recurse=False) if id(p) in places]
-        index = torch.cat(own)[free[torch.cat(own)]] if own else torch.zeros(0, dtype=torch.long)
+        index = torch.cat(own).sort().values if own else torch.zeros(0, dtype=torch.long)
+        index = index[free[index]]
         if len(index):
             blocks.append(LayerBlock(name, type(module).__name__, index))
             free[index] = False
@@ -57,4 +58,4 @@ def _of_layer(layer: Layer, places: dict[int, Tensor]) -> LayerBlock:
     if len(weights) == len(layer.weights):
         rows = layer.rows(layer.join(weights), None).weight.flatten(2).flatten(0, 1)
         units = list(torch.cat([rows, *(b[:, None] for b in biases)], 1))
-    return LayerBlock(layer.name, type(layer.module).__name__, index, units, layer)
+    return LayerBlock(layer.name, type(layer.module).__name__, index.sort().values, units, layer)

@@ -149,6 +149,13 @@ def test_estimates_agree_with_all_eigenvalues(folder, capsys):
     matrices, *_ = dense(folder, curvature.Hessian)
     assert all(block["kappa"]["plain"]["exact"] for block in entry["blocks"])  # at most 40 parameters
     assert [b["units"]["measured"] for b in entry["blocks"] if b["units"]] == [[0, 2], [0, 1]]
+    for block in entry["blocks"][1:]:
+        for name, numbers in block["kappa"].items():
+            assert numbers["kappa"] == pytest.approx(kappa(sub(matrices[name], BLOCKS[block["name"]])), rel=1e-6)
+            if block["units"]:
+                rows = [ROWS[block["name"]][unit] for unit in block["units"]["measured"]]
+                expected = [kappa(sub(matrices[name], row)) for row in rows]
+                assert block["units"]["kappa"][name]["kappa"] == pytest.approx(expected, rel=1e-6)
     assert "2 of 3 output units" in capsys.readouterr().out
     assert run(folder, "--exact-below", "0", "--kappa-matvecs", "28") == 0
     estimated = report(folder)["checkpoints"][0]["blocks"][0]["kappa"]
