@@ -72,6 +72,8 @@ def eigsh(
             When None, one for each product, or as many as there is memory for.
         block: vectors multiplied at a time, by one pass over the data: for clusters.
         start: earlier eigenvectors, (n, j) or an Eigenpairs, of an operator that has changed a little since.
+            What they lack is found from a tenth of randomness, so an eigenvalue that comes out of nowhere takes
+            a tolerance of about 1e-6 to be seen.
         basis_device: where the basis is kept; when None with A, or on the CPU if it does not fit there.
         seed: of the random start.
         progress: called with the number of products just done, such as ``tqdm.update``.

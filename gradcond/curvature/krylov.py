@@ -70,10 +70,10 @@ class Krylov:
         # the one transfer to the host: coefficients in the basis, in the rest, and the new block
         numbers = torch.cat([h, r]).cpu().numpy()
         self._check_symmetry(numbers, coupling)
-        h, g, r = np.split(numbers, [m + b, m + p])
-        self.T = np.block([[self.T, coupling], [coupling.T, (h[m:] + h[m:].T) / 2]])
+        within, beside, r = np.split(numbers, [m + b, m + p])
+        self.T = np.block([[self.T, coupling], [coupling.T, (within[m:] + within[m:].T) / 2]])
         u, s, vt = np.linalg.svd(r)
-        self.scale = max(self.scale, float(np.abs(h[m:]).max()), s[0] if m + p < self.basis.n else 0.0)
+        self.scale = max(self.scale, float(np.abs(within[m:]).max()), s[0] if m + p < self.basis.n else 0.0)
         kept = (s > self.breakdown * self.scale) & (np.arange(b) < self.basis.n - m - p)
         if not kept.all() and m + p < self.basis.n:
             self.dropped, self.broken = max(self.dropped, s[~kept].max()), True
@@ -83,7 +83,7 @@ class Krylov:
             q, r = torch.linalg.qr(new.mT)
             new = (q * r.diagonal().sign()).mT.contiguous()
         self.pending = torch.cat([rest, new])
-        self.C = np.block([[self.C[:, b:], np.zeros((m, kept.sum()))], [g.T, (vt.T * s)[:, kept]]])
+        self.C = np.block([[self.C[:, b:], np.zeros((m, kept.sum()))], [beside.T, (vt.T * s)[:, kept]]])
 
     def _product(self, directions: Tensor) -> Tensor:
         """A times the directions, rows (b, n) in float64 where the basis is."""

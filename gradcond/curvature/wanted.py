@@ -65,5 +65,5 @@ def hiding_chance(T: np.ndarray, coupling: np.ndarray, width: int, point: float,
     inside = np.abs(coupling).sum(1) == 0
     equations = (T - point * np.eye(len(T)))[inside]
     growth = np.linalg.lstsq(equations[:, width:], -equations[:, :width], rcond=None)[0]
-    least = np.linalg.eigvalsh(np.eye(width) + growth.T @ growth)[0]
-    return float(gammainc(width / 2, n / (2 * least)))
+    least = np.linalg.svd(growth, compute_uv=False)[-1] if len(growth) >= width else 0.0
+    return float(gammainc(width / 2, n / (2 * (1 + least**2))))
