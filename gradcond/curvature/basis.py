@@ -14,10 +14,10 @@ DEVICE_CHUNK = 1 << 24  # the same on an accelerator
 
 
 class Basis:
-    """Orthonormal vectors as rows, in segments, so that growing never copies what is there."""
+    """At most ``capacity`` orthonormal vectors as rows, in segments: growing never copies what is there."""
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.n, self.dtype, self.device = n, dtype, device
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, capacity: int | None = None) -> None:
+        self.n, self.dtype, self.device, self.capacity = n, dtype, device, capacity or n
         self.size = 0
         self._segments: list[Tensor] = []
 
@@ -26,7 +26,7 @@ class Basis:
         for vector in vectors:
             segment, row = divmod(self.size, SEGMENT)
             if segment == len(self._segments):
-                rows = min(SEGMENT, self.n - self.size)
+                rows = min(SEGMENT, self.capacity - self.size)
                 self._segments.append(torch.empty(rows, self.n, dtype=self.dtype, device=self.device))
             self._segments[segment][row] = vector
             self.size += 1
@@ -46,7 +46,7 @@ class Basis:
             new = rows.mT @ y
             squares += new.square().sum(0)
             vectors[columns] = new
-        return vectors.div_(squares.sqrt())
+        return vectors.div_(squares.sqrt().to(self.dtype))  # in the same dtype: otherwise a copy of all
 
     def rotate_(self, coefficients: np.ndarray) -> None:
         """Replace the vectors by their combinations (size, k), k <= size, within the same memory."""

@@ -114,8 +114,10 @@ def eigsh(
     device, max_vectors = _placement(products, k, block, max_vectors, basis_device, least, min(n, budget))
     generator = generator_from(seed)
     # what a breakdown drops must stay below the tolerance
-    breakdown = min(BREAKDOWN * torch.finfo(products.work_dtype).eps, 0.25 * tol)
-    space = Krylov(products, Basis(n, products.work_dtype, device), generator, breakdown=breakdown)
+    eps = torch.finfo(products.work_dtype).eps
+    breakdown = min(BREAKDOWN * eps, max(0.25 * tol, eps))
+    basis = Basis(n, products.work_dtype, device, max_vectors)
+    space = Krylov(products, basis, generator, breakdown=breakdown)
     if rows is None:
         space.add_random(block)
     else:
@@ -124,7 +126,7 @@ def eigsh(
     search = Search(space, k, which, tol=tol, block=block, max_vectors=max_vectors, budget=budget)
     vectors = space.basis.combine(search.run())
     allowed = tol * space.top
-    del search, space  # and the memory of the basis
+    del search, space, basis  # and its memory
     return _certified(products, vectors.to(products.device), which, allowed)
 
 

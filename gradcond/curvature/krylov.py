@@ -66,7 +66,7 @@ class Krylov:
         self.basis.append(self.pending[:b])
         w = self._product(self.pending[:b])
         h = reorthogonalize_([*self.basis.parts, rest], w)
-        q, r = torch.linalg.qr(w.mT)
+        q, r = torch.linalg.qr(w.mT) if b > 1 else _unit(w)
         # the one transfer to the host: coefficients in the basis, in the rest, and the new block
         numbers = torch.cat([h, r]).cpu().numpy()
         self._check_symmetry(numbers, coupling)
@@ -116,3 +116,9 @@ class Krylov:
         values, vectors = eigh(self.T, driver="evd")
         self.top = max(self.top, float(np.abs(values).max()))
         return values, vectors, vectors.T @ self.C
+
+
+def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
+    """What QR gives for one vector, in its memory."""
+    norm = w.norm()
+    return w.div_(norm).mT, norm.reshape(1, 1)
