@@ -172,6 +172,14 @@ def test_a_block_sees_copies_in_any_dimension():
     assert set(widths) == {3, 6} and pairs.num_matvecs == sum(widths)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_copies_are_looked_for(seed):
+    entries = torch.cat([torch.tensor([9.0, 9, 7, 7, 6, 5, 4]), torch.rand(2000) - 0.5])
+    pairs = eigsh(Diagonal(entries), 4, seed=seed)
+    torch.testing.assert_close(pairs.eigenvalues, entries[:4], rtol=0, atol=1e-10)
+    assert pairs.converged.all()
+
+
 @pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
 def test_pairs_follow_a_factor_and_a_shift(which):
     A, k = matrix(torch.randn(60)), 4
@@ -223,6 +231,16 @@ def test_the_decomposition_outlives_blocks_and_restarts(name, block, dtype, tole
         space.expand(1)
     check()
     assert space.size == 60
+
+
+def test_a_block_of_nearly_parallel_products_stays_orthogonal():
+    A = Diagonal(torch.cat([torch.tensor([1e8]), torch.randn(59)]))
+    space = Krylov(Products(A), Basis(60, torch.float64, A.device), generator_from(0), breakdown=1e-14)
+    space.add_random(3)
+    for _ in range(3):
+        space.expand(3)
+    both = torch.cat([*space.basis.parts, space.pending])
+    assert (both @ both.mT - torch.eye(len(both))).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
