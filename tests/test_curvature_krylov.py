@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import aslinearoperator
-from scipy.sparse.linalg import eigsh as arpack
 from scipy.stats import wasserstein_distance
 from torch import nn
 
@@ -136,19 +135,6 @@ def test_eigsh_does_not_claim_what_it_has_not():
     assert not pairs.converged.any() and pairs.num_matvecs == 12
     distance = (pairs.eigenvalues[:, None] - eigenvalues).abs().min(1)[0]
     assert (distance <= pairs.residuals).all()
-
-
-@pytest.mark.parametrize("k", [1, 5, 10])
-def test_eigsh_costs_no_more_than_arpack(k):
-    outliers = torch.tensor([9.0, 7, 6, 5.5, 5, 4, 3.5, 3, 2.8, 2.6, 2.4, 2.2])
-    A = Diagonal(torch.cat([outliers, torch.rand(50000 - 12) ** 6 * 2 - 0.2]))
-    start = torch.randn(50000).numpy()
-    arpack(A.to_scipy(), k, which="LA", tol=1e-6, v0=start)
-    budget, A.num_matvecs = A.num_matvecs, 0
-    pairs = eigsh(A, k)
-    torch.testing.assert_close(pairs.eigenvalues, outliers[:k], rtol=0, atol=1e-9)
-    assert pairs.num_matvecs == A.num_matvecs
-    assert A.num_matvecs - k <= 1.2 * budget
 
 
 def density_problem(seed):

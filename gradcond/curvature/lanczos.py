@@ -7,10 +7,10 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from gradcond.curvature.basis import Basis, reorthogonalize_
 from gradcond.curvature.operators import Products
 
 BREAKDOWN = 64  # x eps x |T|: sqrt(eps) corrupts float32, 1 eps is never reached
-CHUNK = 1 << 22  # numbers of the basis held in float64 at a time
 
 
 class Lanczos:
@@ -21,7 +21,7 @@ class Lanczos:
     ) -> None:
         self.products, self.generator = products, generator
         self.breakdown = breakdown * torch.finfo(start.dtype).eps
-        self._rows = start.new_empty(min(32, products.n), products.n)
+        self._basis = Basis(products.n, start.dtype, start.device)
         self.alphas: list[float] = []
         self.betas: list[float] = []  # betas[j] couples q_j and q_{j+1}; exact zero after a breakdown
         self.scale = 0.0  # largest entry of T, our |T|
@@ -31,7 +31,6 @@ class Lanczos:
         self.off_count = 0
         self.block = 0  # where the part of T since the last restart begins
         self.dropped = 0.0  # largest residual that a restart has dropped
-        self.locked = 0  # the first vectors, kept from earlier: their coupling to the rest is dropped
         self.residual = start.double()
         self._norm = float(self.residual.norm())
 
@@ -47,36 +46,26 @@ class Lanczos:
 
     @property
     def basis(self) -> Tensor:
-        """The vectors so far as rows, (size, n)."""
-        return self._rows[: self.size]
+        """The vectors so far as rows, (size, n): a copy of more than a few."""
+        parts = self._basis.parts
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
     def invariant(self) -> bool:
         """Whether the span of the basis is invariant, to rounding."""
         return self.exhausted or self._norm <= self.breakdown * self.scale
 
-    def lock(self, values: np.ndarray, coefficients: np.ndarray) -> None:
-        """Keep these Ritz pairs only, and go on from a random vector orthogonal to them."""
-        vectors = self.combine(coefficients)
-        self.locked = len(values)
-        self._rows[: self.locked] = vectors.mT
-        self.alphas, self.betas = [float(value) for value in values], [0.0] * (self.locked - 1)
-        self._norm = 0.0
-        self.restart(self.outside())
-
     def step(self) -> None:
         """Append one vector to the basis, multiply it, and extend T."""
         j = self.size
         self._append(j)
-        q = self._rows[j]
-        w = self.products(q).double()
-        # two passes of classical Gram-Schmidt against the whole basis: one is not enough on clusters
-        rows = self._rows[: j + 1]
-        h = orthogonalize_(rows, w) + orthogonalize_(rows, w)
+        parts = self._basis.parts
+        w = self.products(parts[-1][-1]).double()
+        h = reorthogonalize_(parts, w[None])[:, 0]
         # one host transfer a step; the coefficients that symmetry makes zero measure the noise
         if j > 0:
             h[j - 1] -= self.betas[j - 1]
-        zeros = torch.cat([h[self.locked : j], h.new_zeros(1)])
+        zeros = torch.cat([h[:j], h.new_zeros(1)])
         alpha, norm, worst, squares = torch.stack(
             [h[j], w.norm(), zeros.abs().max(), zeros.square().sum()]
         ).tolist()
@@ -88,17 +77,13 @@ class Lanczos:
         self.products.check_symmetry(self.asymmetry, self.scale or 1.0)
 
     def _append(self, j: int) -> None:
-        if j == len(self._rows):
-            grown = self._rows.new_empty(min(2 * j, self.products.n), self.products.n)
-            grown[:j] = self._rows
-            self._rows = grown
         if j > 0:
             if self.invariant and self.block < j:
                 self.restart(self.outside())
             self.betas.append(0.0 if self.block == j else self._norm)
         elif not self._norm > 0:
             raise ValueError("expected a start vector that is not zero")
-        self._rows[j] = (self.residual / self._norm).to(self._rows.dtype)
+        self._basis.append((self.residual / self._norm)[None])
 
     def outside(self) -> Tensor:
         """A random unit vector orthogonal to the basis, float64."""
@@ -106,7 +91,7 @@ class Lanczos:
         w = self.products.gaussian(self.generator).double()
         for _ in range(3):
             w /= w.norm()
-            orthogonalize_(self.basis, w)
+            reorthogonalize_(self._basis.parts, w[None])
         return w / w.norm()
 
     def restart(self, w: Tensor) -> None:
@@ -130,18 +115,9 @@ class Lanczos:
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Vectors of the full space, (n, k) with unit columns, from coefficients (size, k) in the basis."""
-        y = torch.as_tensor(coefficients, device=self._rows.device)
-        n, width = self.products.n, max(1, CHUNK // self.size)
-        parts = [self.basis[:, i : i + width].double().mT @ y for i in range(0, n, width)]
-        vectors = torch.cat(parts)
-        return (vectors / vectors.norm(dim=0)).to(self._rows.dtype)
+        return self._basis.combine(coefficients)
 
 
 def orthogonalize_(rows: Tensor, w: Tensor) -> Tensor:
     """Remove from the float64 vector w its part along the rows; return the coefficients."""
-    width = max(1, CHUNK // len(rows))
-    chunks = [slice(i, i + width) for i in range(0, len(w), width)]
-    h = sum((rows[:, c].double() @ w[c] for c in chunks), w.new_zeros(len(rows)))
-    for c in chunks:
-        w[c] -= h @ rows[:, c].double()
-    return h
+    return reorthogonalize_([rows], w[None])[:, 0]

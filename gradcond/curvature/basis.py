@@ -1,0 +1,91 @@
+"""Orthonormal vectors: kept in the working dtype, multiplied in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SEGMENT = 32  # vectors allocated at a time
+CHUNK = 1 << 18  # numbers held in float64 at a time: what a processor's cache holds
+DEVICE_CHUNK = 1 << 24  # the same on an accelerator
+
+
+class Basis:
+    """At most ``capacity`` orthonormal vectors as rows, in segments: growing never copies what is there."""
+
+    def __init__(self, n: int, dtype: torch.dtype, device: torch.device, capacity: int | None = None) -> None:
+        self.n, self.dtype, self.device, self.capacity = n, dtype, device, capacity or n
+        self.size = 0
+        self._segments: list[Tensor] = []
+
+    def append(self, vectors: Tensor) -> None:
+        """Add the rows of vectors (b, n), rounded to the working dtype."""
+        for vector in vectors:
+            segment, row = divmod(self.size, SEGMENT)
+            if segment == len(self._segments):
+                rows = min(SEGMENT, self.capacity - self.size)
+                self._segments.append(torch.empty(rows, self.n, dtype=self.dtype, device=self.device))
+            self._segments[segment][row] = vector
+            self.size += 1
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The vectors so far, (., n) each."""
+        sizes = [min(SEGMENT, self.size - start) for start in range(0, self.size, SEGMENT)]
+        return [segment[:size] for segment, size in zip(self._segments, sizes, strict=False)]
+
+    def combine(self, coefficients: np.ndarray) -> Tensor:
+        """Vectors (n, k) with unit columns from coefficients (size, k)."""
+        parts, y = self.parts, torch.as_tensor(coefficients, device=self.device)
+        vectors = torch.empty(self.n, y.shape[1], dtype=self.dtype, device=self.device)
+        squares = y.new_zeros(y.shape[1])
+        for columns, rows in _chunks(parts, self.n):
+            new = rows.mT @ y
+            squares += new.square().sum(0)
+            vectors[columns] = new
+        return vectors.div_(squares.sqrt().to(self.dtype))  # in the same dtype: otherwise a copy of all
+
+    def rotate_(self, coefficients: np.ndarray) -> None:
+        """Replace the vectors by their combinations (size, k), k <= size, within the same memory."""
+        parts, y = self.parts, torch.as_tensor(coefficients, device=self.device)
+        self.size = y.shape[1]
+        for columns, rows in _chunks(parts, self.n):
+            new = y.mT @ rows
+            for part, some in zip(self.parts, new.split(SEGMENT), strict=True):
+                part[:, columns] = some
+
+
+def reorthogonalize_(parts: list[Tensor], w: Tensor) -> Tensor:
+    """Remove from the float64 rows w (b, n) what lies along the rows of the parts; return its coefficients.
+
+    Two passes of classical Gram-Schmidt: one is not enough on clusters. The coefficients are (rows, b).
+    """
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        return w.new_zeros(0, len(w))
+    # what the working dtype leaves of the first pass the second one removes, and that is small: only the step
+    # between them needs float64, from one reading of the basis
+    first = torch.cat([(part @ w.to(part.dtype).mT).double() for part in parts])
+    second = torch.zeros_like(first)
+    for columns, rows in _chunks(parts, w.shape[1]):
+        w[:, columns] -= first.mT @ rows
+        second += rows @ w[:, columns].mT
+    for part, h in zip(parts, second.split([len(part) for part in parts]), strict=True):
+        w -= h.mT.to(part.dtype) @ part
+    return first + second
+
+
+def _chunks(parts: list[Tensor], n: int) -> Iterator[tuple[slice, Tensor]]:
+    """All rows in float64, some columns at a time, in memory that the next ones overwrite."""
+    sizes, device = [len(part) for part in parts], parts[0].device
+    width = min(n, max(1, (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // sum(sizes)))
+    buffer = torch.empty(sum(sizes), width, dtype=torch.float64, device=device)
+    for start in range(0, n, width):
+        columns = slice(start, min(start + width, n))
+        rows = buffer[:, : columns.stop - start]
+        for part, converted in zip(parts, rows.split(sizes), strict=True):
+            converted.copy_(part[:, columns])
+        yield columns, rows
