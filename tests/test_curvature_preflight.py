@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradcond import curvature
 from gradcond.curvature import preflight
-from gradcond.curvature.preflight import STEPS, available_memory
+from gradcond.curvature.memory import available
+from gradcond.curvature.preflight import STEPS
 
 
 def network(*layers: nn.Module) -> nn.Module:
@@ -101,7 +102,7 @@ def test_a_basis_that_cannot_fit_is_refused_before_the_first_product():
 
 
 def test_free_memory_is_known_here_and_plausible():
-    free = available_memory(torch.device("cpu"))
+    free = available(torch.device("cpu"))
     assert free is None or 1e6 < free < 1e15
 
 

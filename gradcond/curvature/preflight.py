@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradcond.curvature.condition import noise_floor
 from gradcond.curvature.lanczos import Lanczos
+from gradcond.curvature.memory import available as free_memory
 from gradcond.curvature.operators import Products, generator_from
 
 STEPS = 3  # products that show the symmetry, the noise and the time; two more show whether they repeat
@@ -71,7 +71,7 @@ def preflight(
     before = getattr(A, "num_matvecs", 0)
     products = Products(A, progress)
     basis = min(num_matvecs, products.n) * products.n * torch.finfo(products.work_dtype).bits // 8
-    available = available_memory(products.device)
+    available = free_memory(products.device)
     if available is not None and basis > available:
         raise MemoryError(
             f"a basis of {num_matvecs} vectors of {products.n} numbers needs {size(basis)}, {size(available)} are "
@@ -95,31 +95,6 @@ def preflight(
         available_bytes=available,
         cost=getattr(A, "num_matvecs", before + products.count) - before,
     )
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes free on the device, on Linux within the limits of the control group; None where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = _fields("/proc/meminfo").get("MemAvailable:")
-    limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
-    left = [1024 * free] if free is not None else []
-    if limit is not None and used is not None:  # files that were read count as used, and give way
-        left.append(limit - used + _fields("/sys/fs/cgroup/memory.stat").get("inactive_file", 0))
-    return min(left, default=None)
-
-
-def _fields(path: str) -> dict[str, int]:
-    """The numbers of a file of lines "name number ..."."""
-    if not Path(path).is_file():
-        return {}
-    lines = (line.split() for line in Path(path).read_text().splitlines())
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
-
-
-def _number(path: str) -> int | None:
-    text = Path(path).read_text().strip() if Path(path).is_file() else ""
-    return int(text) if text.isdigit() else None
 
 
 def size(count: float) -> str:
