@@ -16,8 +16,9 @@ spectrum.npz    "INDEX/VARIANT/NAME", where NAME is one of eigenvalues (ascendin
 spectrum.png    drawn from these two files alone.
 trajectory.png  of two checkpoints or more: how the ends and the condition number move, in the order given.
 
-A run that was interrupted or killed goes on when the same command is given again, with the same outcome: what it
-has measured waits in DIR/unfinished until all is written.
+The searches for extreme eigenvalues start from those of the checkpoint before, so give checkpoints in the order
+of training. A run that was interrupted or killed goes on when the same command is given again, with the same
+outcome: what it has measured waits in DIR/unfinished until all is written.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,10 @@ from checkpoints import Checkpoint, load_checkpoint
 from command import InputError, labels, require_folder
 from matrices import DTYPES, add_options, matrix_at, model_at, positive, saved_preconditioner
 from problems import Problem, load_problem, to
-from spectra import Arrays, Keep, Numbers, measure, measure_exact
+from spectra import Arrays, Numbers, measure, measure_exact
 from spectrum_figure import draw
 from spectrum_files import read, versions, write
-from spectrum_table import print_table
+from spectrum_table import VARIANTS, print_table
 from torch import nn
 from tqdm import tqdm
 from trajectory_figure import draw_trajectory
@@ -45,6 +47,14 @@ from unfinished import Unfinished, forget
 from gradcond import curvature
 
 MEASURED = ("num_matvecs", "num_probes", "kappa_matvecs", "top", "seed")  # options passed on
+
+
+@dataclass
+class Before:
+    """What a checkpoint takes over from the one before it."""
+
+    pairs: dict[str, dict[str, curvature.Eigenpairs]]  # by variant and end: where the searches start
+    key: str = ""  # of its results, as those of the next depend on them
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,9 +92,10 @@ def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
     variants = 1 + args.preconditioned
     # two eigsh and a trace of about a hundred products each, the condition number and the density
     guess = len(checkpoints) * variants * (300 + args.kappa_matvecs + args.num_matvecs * args.num_probes)
+    before = Before({variant: {} for variant in VARIANTS})
     with tqdm(total=guess, unit="product", desc="spectra", mininterval=0.5) as bar:
         for index, (label, checkpoint) in enumerate(zip(labels(args.checkpoints), checkpoints, strict=True)):
-            entry, own = analyse_one(problem, checkpoint, data, args, bar.update)
+            entry, own = analyse_one(problem, checkpoint, data, args, before, bar.update)
             report["checkpoints"].append({"label": label, "path": str(checkpoint.path), **entry})
             arrays |= {f"{index}/{name}": values for name, values in own.items()}
             bar.total = round(bar.n * len(checkpoints) / (index + 1))  # what is known by now
@@ -110,6 +121,7 @@ def analyse_one(
     checkpoint: Checkpoint,
     data: Any,
     args: argparse.Namespace,
+    before: Before,
     report: Callable[[int], Any],
 ) -> tuple[Numbers, Arrays]:
     """Return the numbers and arrays of one checkpoint, "VARIANT/NAME"."""
@@ -117,7 +129,8 @@ def analyse_one(
     hessian, loss = matrix_at(problem, model, data, args)
     entry: Numbers = {"parameters": hessian.shape[0], "loss": loss, "notes": notes}
     arrays: Arrays = {}
-    unfinished = Unfinished(args.out, *identity(problem, checkpoint, args), loss.hex(), versions())
+    unfinished = Unfinished(args.out, before.key, *identity(problem, checkpoint, args), loss.hex(), versions())
+    before.key = unfinished.key
 
     @functools.cache
     def matrix() -> Any:
@@ -129,29 +142,21 @@ def analyse_one(
     factors = {"plain": None} if preconditioner is None else {"plain": None, "preconditioned": preconditioner}
     for variant, factor in factors.items():
         keep = functools.partial(unfinished, variant)
-        entry[variant], own = measure_one(matrix, factor, keep, hessian.shape[0] <= args.exact_below, args, report)
+        operator = functools.partial(conditioned, matrix, factor)
+        if hessian.shape[0] <= args.exact_below:
+            entry[variant], own = measure_exact(operator, keep, top=args.top)
+        else:
+            options = {name: getattr(args, name) for name in MEASURED}
+            entry[variant], own = measure(operator(), keep, before.pairs[variant], **options, report=report)
         arrays |= {f"{variant}/{name}": values for name, values in own.items()}
     if unfinished.found:
         tqdm.write(f"{checkpoint.path}: {unfinished.found} results are of the run that was interrupted")
     return entry, arrays
 
 
-def measure_one(
-    matrix: Callable[[], Any],
-    factor: Any,
-    keep: Keep,
-    exact: bool,
-    args: argparse.Namespace,
-    report: Callable[[int], Any],
-) -> tuple[Numbers, Arrays]:
-    """Return the numbers and arrays of H, or of P^T H P when there is a factor P."""
-
-    def operator() -> Any:
-        return matrix() if factor is None else curvature.Preconditioned(matrix(), factor)
-
-    if exact:
-        return measure_exact(operator, keep, top=args.top)
-    return measure(operator(), keep, **{name: getattr(args, name) for name in MEASURED}, report=report)
+def conditioned(matrix: Callable[[], Any], factor: Any) -> Any:
+    """Return H, or P^T H P when there is a factor P."""
+    return matrix() if factor is None else curvature.Preconditioned(matrix(), factor)
 
 
 def identity(problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ Keep = Callable[[str, Callable[[], Any]], Any]
 def measure(
     operator: Any,
     keep: Keep,
+    starts: dict[str, curvature.Eigenpairs],
     *,
     num_matvecs: int,
     num_probes: int,
@@ -39,6 +41,7 @@ def measure(
     Args:
         operator: any symmetric (n, n) thing with `shape` and `@`.
         keep: `keep(name, measure)` returns what `measure()` does, or what an earlier run has kept of it.
+        starts: the eigenpairs of the checkpoint before, which both searches start from; gets these.
         num_matvecs: products per probe of the density; more than n are not spent.
         num_probes: random probes of the density.
         top: eigenvalues at each end; more than n are not sought.
@@ -53,8 +56,10 @@ def measure(
     common: Any = {"seed": seed, "progress": report}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        largest = keep("largest", lambda: curvature.eigsh(operator, min(top, n), "LA", **common))
-        smallest = keep("smallest", lambda: curvature.eigsh(operator, min(top, n), "SA", **common))
+        for end, which in (("largest", "LA"), ("smallest", "SA")):
+            search = partial(curvature.eigsh, operator, min(top, n), which, start=starts.get(end), **common)
+            starts[end] = keep(end, search)
+    largest, smallest = starts["largest"], starts["smallest"]
     condition = keep("condition", lambda: curvature.condition_number(operator, max_matvecs=kappa_matvecs, **common))
     shape: Any = {"num_matvecs": min(num_matvecs, n), "num_probes": num_probes, "grid": "symlog"}
     density = keep("density", lambda: curvature.spectral_density(operator, **shape, **common))
