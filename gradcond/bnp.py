@@ -265,7 +265,7 @@ class WithBias(_Whitening):
         weight = (rows.weight - self._row(rows.bias) * self.mean) * self.metric
         return Rows(weight, rows.bias / self.q**2 - self._inner(weight, self.mean))
 
-    def apply_(self, rows: Rows) -> None:
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
         """The same, without a copy of the gradient where it has the statistics' precision."""
         weight, bias = rows
         assert bias is not None
@@ -312,7 +312,7 @@ class WithoutBias(_Whitening):
         v, root = self._direction()
         return Rows(weight + self._row((1 / (1 + root))[:, None] * self._inner(weight, v)) * v, rows.bias)
 
-    def apply_(self, rows: Rows) -> None:
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
         """(S + mu mu^T)^-1 g / q^2 in place: divided by the variances, less its part along S^-1 mu."""
         weight = rows.weight
         if weight.dtype is not self.mean.dtype:

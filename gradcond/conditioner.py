@@ -62,8 +62,8 @@ class RowMap(ABC):
         """
         return None
 
-    def apply_(self, rows: Rows) -> None:
-        """Replaces g by M g in place; methods that need no copy of g override it."""
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
+        """Replaces g by M g in place, given what `screen` has found; methods that need no copy override it."""
         _put(self.apply(rows), rows)
 
 
@@ -114,7 +114,7 @@ class Chain(RowMap):
         around = Chain(tuple(outer))
         return around.factor(inner.apply(around.factor_transpose(rows)))
 
-    def apply_(self, rows: Rows) -> None:
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
         """The same in place, where the outermost map is its own transpose."""
         outermost, *inner = self.maps
         if not isinstance(outermost, SymmetricMap):
@@ -152,6 +152,7 @@ class Conditioner(ABC):
     is_projection: ClassVar[bool] = False  # M M = M
     acts_on_bias: ClassVar[bool] = False
     uses_rate: ClassVar[bool] = False  # does P depend on the step's gradient and learning rate? Then update_rate
+    fixed: ClassVar[bool] = False  # does P depend on the settings and the layer's shape alone?
     comes_last: ClassVar[bool] = False  # does it act on all gradients together, once they are conditioned?
     taps: bool = False  # does it need the moments of every tap?
     ghost: int | None = None  # from how many rows of each call? None: all
