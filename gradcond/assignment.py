@@ -24,13 +24,17 @@ class Assignment:
     members: tuple[int, ...]
     sharded: bool  # is a parameter a DTensor?
     whole: bool  # must it be gathered, because its rows are spread over ranks or a conditioner sees across them?
+    moves_bias: bool  # does a conditioner act on the biases?
     parameters: tuple[nn.Parameter, ...] = field(init=False)  # the weights, and the biases that are trained
     simple: bool = field(init=False)  # are its rows views of one weight's and one bias's gradient, on every rank?
+    matrix: bool = field(init=False)  # and nothing but that weight?
 
     def __post_init__(self) -> None:
         alone = len(self.weights) == 1 and len(self.biases) < 2 and self.layer.span is None
         object.__setattr__(self, "parameters", self.weights + self.biases)
         object.__setattr__(self, "simple", alone and not self.sharded)
+        layer = self.layer
+        object.__setattr__(self, "matrix", self.simple and layer.taps == 0 and layer.groups == 1 and not layer.transposed)
 
     def with_gradients(self) -> Assignment:
         """This assignment, without the biases that no gradient reached."""

@@ -51,6 +51,8 @@ class InputCapture(_Hook):
 
     def __init__(self, layer: Layer, observer: Observer) -> None:
         self.layer, self.observer = layer, observer
+        self.key = layer.weight_names[0]
+        self.me = weakref.ref(self)
         self.active = True  # is this step's input looked at?
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
@@ -68,7 +70,7 @@ class InputCapture(_Hook):
     @property
     def weight(self) -> Any:
         """The parameter whose gradient tells which rows count."""
-        return self.layer.weights[0]
+        return self.layer.lookup(self.key)
 
     @property
     def size(self) -> int:
@@ -159,8 +161,10 @@ class InputCapture(_Hook):
 class _Call:
     """A tensor hook on one call's output: says when a backward pass reaches it."""
 
+    __slots__ = "capture", "counted", "moments"
+
     def __init__(self, capture: InputCapture, moments: Moments) -> None:
-        self.capture, self.moments = weakref.ref(capture), moments
+        self.capture, self.moments = capture.me, moments
         self.counted = False
 
     def __call__(self, grad: Tensor) -> None:
@@ -175,7 +179,7 @@ class _Count:
     """A hook on a parameter whose gradient has been accumulated."""
 
     def __init__(self, capture: InputCapture) -> None:
-        self.capture = weakref.ref(capture)
+        self.capture = capture.me
 
     def __call__(self, parameter: Tensor) -> None:
         """Counts the calls that were reached."""

@@ -85,6 +85,8 @@ class Centering(SymmetricMap):
 
     axes: tuple[tuple[int, ...], ...]
 
+    on_matrix: ClassVar[bool] = True
+
     def factor(self, rows: Rows) -> Rows:
         """C w."""
         weight = rows.weight
@@ -159,4 +161,4 @@ def center_(layer: Layer, weight: Tensor) -> None:
 
 def _sums(weight: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Over some axes, in float32 or better: half the time of the mean where there is little to add."""
-    return weight.sum(axes, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return weight.sum(axes, True, dtype=torch.float32 if weight.dtype.itemsize < 4 else None)

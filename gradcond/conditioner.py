@@ -38,6 +38,7 @@ class RowMap(ABC):
         """M g = P P^T g; methods with a shorter closed form override it."""
         return self.factor(self.factor_transpose(rows))
 
+    on_matrix: ClassVar[bool] = False  # do `screen` and `apply_` take Linear's weight and bias as they are, too?
     comes_first: ClassVar[bool] = False  # is it outermost, wherever its conditioner stands?
 
     def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:

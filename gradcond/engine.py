@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from gradcond.inputs import Observer
 from gradcond.layers import Layer, Rows, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner
 from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
-from gradcond.states import State, check_saved, copied
+from gradcond.states import State, check_saved, copied, kept
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
@@ -121,7 +121,8 @@ class Engine:
             self.observer.seed = 65537 * max(steps, default=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in _KEPT}
+        plain = [{name: kept(state) for name, state in states.items()} for states in self.states]
+        return {key: getattr(self, key) for key in _KEPT} | {"states": plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,6 +156,7 @@ class Engine:
             members,
             sharded=any(is_sharded(p) for p in layer.parameters()),
             whole=not (rows_are_local(layer) and row_wise),
+            moves_bias=any(self.chain[i].acts_on_bias for i in members),
         )
 
     # a compiled step runs these as they are: traced, every new norm and step count would compile them again
@@ -228,9 +230,8 @@ class Engine:
                 self.frozen[name] = self._next_map(a)
             row_map = self.frozen.get(name)
             if row_map is not None:
-                rows = _rows(a)
-                found = row_map.screen(rows)
-                if found is not None:
+                rows = _rows(a, row_map)
+                if (found := row_map.screen(rows)) is not None:
                     screened[name] = rows, found, a.weights[0].grad
         return screened
 
@@ -344,18 +345,19 @@ class Engine:
         self, moments: Mapping[str, Moments | None], screened: Mapping[str, tuple[Rows, Tensor, Tensor]]
     ) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
-        candidates = [p for a in self.assigned for p in a.parameters]
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
             candidates = [p for g in self.groups if g.get("gradcond", True) for p in g["params"]]
+        else:
+            candidates = [p for a in self.assigned for p in a.parameters]
         held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]
-        grads = [grad for p in held if (grad := local(p.grad)).numel() > 0]
+        grads = [local(p.grad) for p in held]
         taken = [m for m in moments.values() if m is not None]
-        bad, busy = False, bool(taken or grads)
-        if self.check_finite or (self.check_finite is None and all(t.is_cpu for t in grads)):
+        bad, busy = False, bool(taken) or any(grad.numel() for grad in grads)
+        if self.check_finite or (self.check_finite is None and all(grad.is_cpu for grad in grads)):
             found = {id(grad): found for _, found, grad in screened.values()}
             total = total_of([*[found.get(id(grad), grad) for grad in grads], *[m.variance for m in taken]])
             # a sum may overflow, or be zero, where no number is: then each is looked at
-            bad = not math.isfinite(total) and bool(self._not_finite(held, moments))
+            bad = not cmath.isfinite(total) and bool(self._not_finite(held, moments))
             busy = bool(taken) or total != 0 or any(bool(grad.any()) for grad in grads)
         merged, (bad, busy) = self.ranks.merge(self.captures, moments, bad, busy, device=self._device)
         if bad:
@@ -451,7 +453,7 @@ class Engine:
         """Replaces tensors like an assignment's parameters by P z or M g of them."""
         n = len(assignment.weights)
         if assignment.simple and method == "apply":
-            return row_map.apply_(_rows(assignment))
+            return row_map.apply_(_rows(assignment, row_map))
         if not assignment.sharded:
             return map_(method, assignment.layer, row_map, tensors[:n], tensors[n:])
         with opened(tensors, whole=assignment.whole) as plain:
@@ -468,10 +470,13 @@ class Engine:
             )
 
 
-def _rows(assignment: Assignment) -> Rows:
+def _rows(assignment: Assignment, row_map: RowMap) -> Rows:
     """Views of the gradients of a simple assignment."""
     weight: Any = assignment.weights[0].grad
-    return assignment.layer.rows(weight, assignment.biases[0].grad if assignment.biases else None)
+    bias = assignment.biases[0].grad if assignment.biases and assignment.moves_bias else None
+    if assignment.matrix and row_map.on_matrix:
+        return Rows(weight, bias)
+    return assignment.layer.rows(weight, bias)
 
 
 def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:

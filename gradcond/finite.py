@@ -6,14 +6,15 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors as flattened  # one call, in place of one each and torch.cat
+
+flattened = torch._C._nn.flatten_dense_tensors  # one call, in place of one each and torch.cat
 
 __all__ = ["total_of"]
 
 _SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 
 
-def total_of(tensors: Iterable[Tensor]) -> float:
+def total_of(tensors: Iterable[Tensor]) -> complex:
     """The sum of all entries: not finite when one of them is not. It may overflow where they are finite.
 
     A sum is vectorized; the largest magnitude, which cannot overflow, takes a hundred times as long on a CPU.
@@ -22,9 +23,8 @@ def total_of(tensors: Iterable[Tensor]) -> float:
         >>> total_of([torch.ones(2), torch.tensor([float("inf")])])
         inf
     """
-    parts: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:
-        if t.is_complex():
-            t = torch.view_as_real(t)
-        parts.setdefault(t.device, []).append(t if t.numel() <= _SMALL else t.sum())
-    return sum(flattened(part).sum().item() for part in parts.values())
+    parts = [t.sum() if t.numel() > _SMALL else t for t in tensors]
+    if all(t.is_cpu for t in parts) or len({t.device for t in parts}) == 1:
+        parts = [flattened(parts)] if parts else []
+    total: complex = sum(t.sum().item() for t in parts)
+    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradcond.conditioner import Conditioner
 from gradcond.layers import Layer
 
-__all__ = ["State", "check_saved", "check_states", "copied"]
+__all__ = ["State", "check_saved", "check_states", "copied", "kept"]
 
 State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
 
@@ -23,8 +23,12 @@ def copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict
         >>> copied({"steps": 3, "_metric": None})
         {'steps': 3}
     """
-    kept = {k: v for k, v in state.items() if not k.startswith("_")}
-    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
+    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept(state).items()}
+
+
+def kept(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One layer's state without what can be computed again."""
+    return {k: v for k, v in state.items() if not k.startswith("_")}
 
 
 def check_saved(state: Mapping[str, Any], chain: Sequence[Conditioner], layers: Mapping[str, Layer]) -> None:

@@ -91,7 +91,7 @@ def weight_of(steps: int, decay: float, start: str) -> float:
 class Bank:
     """The running moments of several layers side by side, so that one operation moves all of them.
 
-    The layers' states hold views of it from then on. With it `fold` of L layers costs 6 operations instead of 4 L.
+    The layers' states hold views of it from then on. With it `fold` of L layers costs 4 operations instead of 4 L.
 
     Args:
         states: of the layers, with moments of one dtype on one device.
@@ -99,37 +99,47 @@ class Bank:
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
         sizes = [len(state["mean"]) for state in states]
-        self.mean, self.variance = (torch.cat([state[key] for state in states]) for key in ("mean", "variance"))
+        flat = torch.cat([state[key] for key in ("mean", "variance") for state in states])
+        self.both = flat.view(2, -1)
+        self.mean, self.variance = self.both
         self.shift, self.metric = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.mean.device)
-        self.largest = self.mean.new_zeros(len(sizes))
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(flat.device)
+        self.largest = flat.new_zeros(len(sizes))
+        self.scale: tuple[list[float], Tensor] = [], flat
         keys = ("mean", "variance", "shift")
         self.views = list(zip(*(getattr(self, key).split(sizes) for key in keys), strict=True))
         self.metrics = self.metric.split(sizes)
         for state, views in zip(states, self.views, strict=True):
             state.update(zip(keys, views, strict=True))
 
-    def holds(self, states: Sequence[dict[str, Any]]) -> bool:
-        """Are these the states whose moments it holds?"""
+    def holds(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments]) -> bool:
+        """Are these the states whose moments it holds, in step, and are their new ones of its kind?"""
         if len(states) != len(self.views):
             return False
-        pairs = zip(states, self.views, strict=True)
-        return all(state["mean"] is mean and state["variance"] is variance for state, (mean, variance, _) in pairs)
+        steps, dtype = states[0]["steps"], self.both.dtype
+        return all(
+            state["mean"] is mean and state["variance"] is variance and state["steps"] == steps and m.mean.dtype is dtype
+            for state, m, (mean, variance, _) in zip(states, moments, self.views, strict=True)
+        )
 
     def fold(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], a: float) -> None:
         """What the function `fold` does, with the weight a for all layers."""
-        mean, variance = torch.cat([m.mean for m in moments]), torch.cat([m.variance for m in moments])
-        d = torch.sub(mean, self.mean, out=self.shift)
-        self.mean.lerp_(mean, a)
-        self.variance.lerp_(variance, a).addcmul_(d, d, value=a * (1 - a))
+        new = torch.cat([m.mean for m in moments] + [m.variance for m in moments]).view(2, -1)
+        d = torch.sub(new[0], self.mean, out=self.shift)
+        self.both.lerp_(new, a)
+        self.variance.addcmul_(d, d, value=a * (1 - a))
         for state, m, (_, _, shift) in zip(states, moments, self.views, strict=True):
             state["steps"], state["rows"], state["samples"] = state["steps"] + 1, m.rows, m.samples
             state["shift"] = shift
 
-    def damped(self, eps_rel: float, eps: float) -> tuple[Tensor, ...]:
-        """1 / (variance + eps_rel max(variance) + eps) for each layer, until the next call."""
-        largest = (
-            self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax").index_select(0, self.owner)
-        )
-        torch.add(self.variance, largest, alpha=eps_rel, out=self.metric).add_(eps).reciprocal_()
+    def damped(self, eps_rel: float, eps: float, q: Sequence[float]) -> tuple[Tensor, ...]:
+        """1 / (q^2 (variance + eps_rel max(variance) + eps)) for each layer, until the next call."""
+        largest = self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax")
+        torch.add(self.variance, largest.index_select(0, self.owner), alpha=eps_rel, out=self.metric).add_(eps)
+        if any(number != 1 for number in q):
+            if self.scale[0] != q:
+                squares = self.largest.new_tensor([number**2 for number in q])
+                self.scale = [*q], squares.index_select(0, self.owner)
+            self.metric.mul_(self.scale[1])
+        self.metric.reciprocal_()
         return self.metrics
