@@ -60,6 +60,7 @@ class InputCapture(_Hook):
         self.accumulated: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
+        self.probed = False  # does somebody ask for the last output?
         self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.watched: tuple[Callable[[], Tensor | None], RemovableHandle | None] = (lambda: None, None)
         _drop_inert(layer.module)
@@ -98,7 +99,8 @@ class InputCapture(_Hook):
         self.reached.clear()  # what was reached and never counted was no training
         call = _Call(self, moments)
         if isinstance(output, Tensor):
-            self.last_output = weakref.ref(output), output._version
+            if self.probed:
+                self.last_output = weakref.ref(output), output._version
             output.register_hook(call)
             return
         for leaf in tree_leaves(output):
@@ -198,6 +200,8 @@ class BatchNormProbe(_Hook):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.captures:
                 _drop_inert(module)
                 self.handles.append(module.register_forward_hook(self, with_kwargs=True))
+        for capture in self.captures:
+            capture.probed = bool(self.handles)
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Marks the layer whose last output is this module's input."""
@@ -216,6 +220,8 @@ class BatchNormProbe(_Hook):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        for capture in self.captures:
+            capture.probed = False
 
 
 def _merge(a: Moments | None, b: Moments | None) -> Moments | None:

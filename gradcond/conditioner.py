@@ -278,5 +278,7 @@ def _put(mapped: Rows, rows: Rows) -> None:
 
 def compose(maps: Sequence[RowMap | None]) -> RowMap | None:
     """The chain of the maps that are there: None when all are the identity, itself when there is one."""
-    there = tuple(sorted((m for m in maps if m is not None), key=lambda m: not m.comes_first))
-    return there[0] if len(there) == 1 else Chain(there) if there else None
+    there = [m for m in maps if m is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+    return Chain(tuple(sorted(there, key=lambda m: not m.comes_first)))

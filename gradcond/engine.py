@@ -206,14 +206,17 @@ class Engine:
             name = assignment.layer.name
             if name not in self.frozen:  # a closure's later evaluations keep the step's P
                 self.frozen[name] = self._next_map(assignment)
-            grads = [p.grad for p in assignment.parameters]
-            before = [local(grad).clone() for grad in grads] if lengths is not None else []
             row_map = self.frozen[name]
+            if lengths is not None:
+                grads = [p.grad for p in assignment.parameters]
+                before = [local(grad).clone() for grad in grads]
             if name in screened and row_map is not None:
                 rows, found, _ = screened[name]
                 row_map.apply_(rows, found)
+            elif assignment.simple and row_map is not None:
+                row_map.apply_(_rows(assignment, row_map))
             elif row_map is not None:
-                self._map_("apply", row_map, assignment, grads)
+                self._map_("apply", row_map, assignment, [p.grad for p in assignment.parameters])
             if lengths is not None:
                 lengths.add(before, grads)
         if lengths is not None:
@@ -353,9 +356,13 @@ class Engine:
         grads = [local(p.grad) for p in held]
         taken = [m for m in moments.values() if m is not None]
         bad, busy = False, bool(taken) or any(grad.numel() for grad in grads)
-        if self.check_finite or (self.check_finite is None and all(grad.is_cpu for grad in grads)):
-            found = {id(grad): found for _, found, grad in screened.values()}
-            total = total_of([*[found.get(id(grad), grad) for grad in grads], *[m.variance for m in taken]])
+        on_cpu = all(grad.is_cpu for grad in grads)
+        if self.check_finite or (self.check_finite is None and on_cpu):
+            looked_at = grads + [m.variance for m in taken]
+            if screened:
+                found = {id(grad): found for _, found, grad in screened.values()}
+                looked_at = [found.get(id(tensor), tensor) for tensor in looked_at]
+            total = total_of(looked_at, on_cpu=on_cpu and all(t.is_cpu for t in looked_at))
             # a sum may overflow, or be zero, where no number is: then each is looked at
             bad = not cmath.isfinite(total) and bool(self._not_finite(held, moments))
             busy = bool(taken) or total != 0 or any(bool(grad.any()) for grad in grads)
@@ -395,7 +402,8 @@ class Engine:
                 if i not in assignment.members:
                     continue
                 name, seen = assignment.layer.name, None
-                if conditioner.uses_inputs and self.captures[name].active and conditioner.is_due(states.get(name, {})):
+                capture = self.captures.get(name) if conditioner.uses_inputs else None
+                if capture is not None and capture.active and conditioner.is_due(states.get(name, {})):
                     seen = moments.get(name)
                     if seen is None:
                         self._warn_missing(assignment)
@@ -406,12 +414,12 @@ class Engine:
                     with moving(assignment.layer, whole=True) as view:
                         conditioner.enter_(view, states[name])
                 state = states[name]
-                if seen is None:
+                if capture is None or seen is None:
                     conditioner.wait(state)
                     continue
                 state["has_bias"] = bool(assignment.biases)
-                if self.captures[name].feeds_batch_norm or "feeds_batch_norm" not in state:
-                    state["feeds_batch_norm"] = self.captures[name].feeds_batch_norm
+                if capture.feeds_batch_norm or "feeds_batch_norm" not in state:
+                    state["feeds_batch_norm"] = capture.feeds_batch_norm
                 due.append((state, seen))
             if due:
                 conditioner.update_all([state for state, _ in due], [m for _, m in due], self.scratch[i])
@@ -452,8 +460,6 @@ class Engine:
     def _map_(self, method: str, row_map: RowMap, assignment: Assignment, tensors: Sequence[Any]) -> None:
         """Replaces tensors like an assignment's parameters by P z or M g of them."""
         n = len(assignment.weights)
-        if assignment.simple and method == "apply":
-            return row_map.apply_(_rows(assignment, row_map))
         if not assignment.sharded:
             return map_(method, assignment.layer, row_map, tensors[:n], tensors[n:])
         with opened(tensors, whole=assignment.whole) as plain:

@@ -14,17 +14,18 @@ __all__ = ["total_of"]
 _SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 
 
-def total_of(tensors: Iterable[Tensor]) -> complex:
+def total_of(tensors: Iterable[Tensor], *, on_cpu: bool = False) -> complex:
     """The sum of all entries: not finite when one of them is not. It may overflow where they are finite.
 
     A sum is vectorized; the largest magnitude, which cannot overflow, takes a hundred times as long on a CPU.
+    `on_cpu` says that they are all there, which then nobody asks.
 
     Example:
         >>> total_of([torch.ones(2), torch.tensor([float("inf")])])
         inf
     """
     parts = [t.sum() if t.numel() > _SMALL else t for t in tensors]
-    if all(t.is_cpu for t in parts) or len({t.device for t in parts}) == 1:
+    if on_cpu or len({t.device for t in parts}) == 1:
         parts = [flattened(parts)] if parts else []
     total: complex = sum(t.sum().item() for t in parts)
     return total

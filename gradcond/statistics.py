@@ -99,13 +99,13 @@ class Bank:
 
     def __init__(self, states: Sequence[dict[str, Any]]) -> None:
         sizes = [len(state["mean"]) for state in states]
-        flat = torch.cat([state[key] for key in ("mean", "variance") for state in states])
-        self.both = flat.view(2, -1)
-        self.mean, self.variance = self.both
-        self.shift, self.metric = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(flat.device)
-        self.largest = flat.new_zeros(len(sizes))
-        self.scale: tuple[list[float], Tensor] = [], flat
+        self.flat = torch.cat([state[key] for key in ("mean", "variance") for state in states])
+        self.moved = torch.zeros_like(self.flat)  # by how much, before the weight
+        self.mean, self.variance = self.flat.chunk(2)
+        self.shift, self.metric = self.moved.chunk(2)[0], torch.zeros_like(self.mean)
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.flat.device)
+        self.largest = self.flat.new_zeros(len(sizes))
+        self.scale: tuple[list[float], Tensor] = [], self.flat
         keys = ("mean", "variance", "shift")
         self.views = list(zip(*(getattr(self, key).split(sizes) for key in keys), strict=True))
         self.metrics = self.metric.split(sizes)
@@ -116,30 +116,30 @@ class Bank:
         """Are these the states whose moments it holds, in step, and are their new ones of its kind?"""
         if len(states) != len(self.views):
             return False
-        steps, dtype = states[0]["steps"], self.both.dtype
-        return all(
-            state["mean"] is mean and state["variance"] is variance and state["steps"] == steps and m.mean.dtype is dtype
-            for state, m, (mean, variance, _) in zip(states, moments, self.views, strict=True)
-        )
+        steps, dtype = states[0]["steps"], self.flat.dtype
+        for state, m, (mean, variance, _) in zip(states, moments, self.views, strict=True):
+            if state["mean"] is not mean or state["variance"] is not variance or state["steps"] != steps:
+                return False
+            if m.mean.dtype is not dtype:
+                return False
+        return True
 
     def fold(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], a: float) -> None:
         """What the function `fold` does, with the weight a for all layers."""
-        new = torch.cat([m.mean for m in moments] + [m.variance for m in moments]).view(2, -1)
-        d = torch.sub(new[0], self.mean, out=self.shift)
-        self.both.lerp_(new, a)
-        self.variance.addcmul_(d, d, value=a * (1 - a))
+        new = torch.cat([m.mean for m in moments] + [m.variance for m in moments])
+        torch.sub(new, self.flat, out=self.moved)
+        self.flat.lerp_(new, a)
+        self.variance.addcmul_(self.shift, self.shift, value=a * (1 - a))
         for state, m, (_, _, shift) in zip(states, moments, self.views, strict=True):
             state["steps"], state["rows"], state["samples"] = state["steps"] + 1, m.rows, m.samples
             state["shift"] = shift
 
-    def damped(self, eps_rel: float, eps: float, q: Sequence[float]) -> tuple[Tensor, ...]:
+    def damped(self, eps_rel: float, eps: float, q: list[float]) -> tuple[Tensor, ...]:
         """1 / (q^2 (variance + eps_rel max(variance) + eps)) for each layer, until the next call."""
+        if self.scale[0] != q:
+            squares = self.largest.new_tensor([number**2 for number in q])
+            self.scale = q, squares.index_select(0, self.owner)
         largest = self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax")
-        torch.add(self.variance, largest.index_select(0, self.owner), alpha=eps_rel, out=self.metric).add_(eps)
-        if any(number != 1 for number in q):
-            if self.scale[0] != q:
-                squares = self.largest.new_tensor([number**2 for number in q])
-                self.scale = [*q], squares.index_select(0, self.owner)
-            self.metric.mul_(self.scale[1])
-        self.metric.reciprocal_()
+        torch.add(self.variance, largest.index_select(0, self.owner), alpha=eps_rel, out=self.metric)
+        self.metric.add_(eps).mul_(self.scale[1]).reciprocal_()
         return self.metrics
