@@ -31,10 +31,10 @@ class Assignment:
 
     def __post_init__(self) -> None:
         alone = len(self.weights) == 1 and len(self.biases) < 2 and self.layer.span is None
+        plain = not (self.layer.taps or self.layer.groups > 1 or self.layer.transposed)
         object.__setattr__(self, "parameters", self.weights + self.biases)
         object.__setattr__(self, "simple", alone and not self.sharded)
-        layer = self.layer
-        object.__setattr__(self, "matrix", self.simple and layer.taps == 0 and layer.groups == 1 and not layer.transposed)
+        object.__setattr__(self, "matrix", self.simple and plain)
 
     def with_gradients(self) -> Assignment:
         """This assignment, without the biases that no gradient reached."""

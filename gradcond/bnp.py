@@ -117,7 +117,7 @@ class BNP(Conditioner):
             }
             if len(states) == 1 or len(kinds) > 1 or "mean" not in states[0]:
                 return super().update_all(states, moments, scratch)
-            scratch["bank"] = bank = Bank(states)
+            scratch["bank"] = bank = Bank(states, moments[0].mean)
         bank.fold(states, moments, weight_of(states[0]["steps"] + 1, self.decay, self.start))
         q = [state.get("_q", 1.0) for state in states]
         metrics = bank.damped(self.eps_rel, self.eps, q) if self.standardize and self.eps > 0 else ()
@@ -138,7 +138,7 @@ class BNP(Conditioner):
         form = WithBias if state.get("has_bias", True) else WithoutBias
         centers = self.center and not (state.get("feeds_batch_norm") and form is WithoutBias)
         *settings, metric = state.get("_metric") or (None,)
-        if not self.standardize or settings != [self.eps_rel, self.eps, q]:
+        if metric is None or not self.standardize or settings != [self.eps_rel, self.eps, q]:
             metric = self._metric(state["variance"], q)
         mean, kept = state["mean"], state.get("_map")
         parts = layer, form, centers, mean, metric

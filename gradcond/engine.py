@@ -21,7 +21,7 @@ from gradcond.inputs import Observer
 from gradcond.layers import Layer, Rows, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner
 from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
-from gradcond.states import State, check_saved, copied, kept
+from gradcond.states import State, check_saved, copied, kept, loaded_states, saved_state
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
@@ -103,7 +103,8 @@ class Engine:
             name: tuple(i for i, reason in enumerate(reasons) if reason is None)
             for name, reasons in self.refusals.items()
         }
-        self.parameters: Parameters | None = None
+        self.parameters: Parameters | None = None  # to which the assignments found belong
+        self.found: list[Assignment] = []
 
     def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
         if self.only is not None and not self.only(name):
@@ -198,7 +199,7 @@ class Engine:
             grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
             self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
 
-    def _apply_(self, ready: Sequence[Assignment], screened: Mapping[str, tuple[Rows, Tensor, Tensor]]) -> None:
+    def _apply_(self, ready: Sequence[Assignment], screened: Mapping[str, tuple[Rows, Tensor, Any]]) -> None:
         """Replaces the gradients of these layers by M g."""
         first, self.first = self.first, False
         lengths = Lengths() if self.chain[-1].comes_last else None
@@ -222,9 +223,9 @@ class Engine:
         if lengths is not None:
             lengths.clip_(self.chain[-1], self.network[-1], self.groups, fold=first)
 
-    def _screened(self, ready: Sequence[Assignment]) -> dict[str, tuple[Rows, Tensor, Tensor]]:
+    def _screened(self, ready: Sequence[Assignment]) -> dict[str, tuple[Rows, Tensor, Any]]:
         """By layer: rows, what a first pass over them has found, and the gradient that they show."""
-        screened = {}
+        screened: dict[str, tuple[Rows, Tensor, Any]] = {}
         for a in ready:
             name = a.layer.name
             if not a.simple:
@@ -298,14 +299,7 @@ class Engine:
 
     def state_dict(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Plain dictionaries of tensors, numbers and strings: `torch.load(weights_only=True)` reads them."""
-        assigned = self.assignments(groups)
-        chain = []
-        for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
-            names = [a.layer.name for a in assigned if i in a.members]
-            layers = {name: copied(states.get(name, {})) for name in names}
-            entry = {"name": conditioner.name, "settings": conditioner.settings(), "layers": layers}
-            chain.append(entry | {"network": copied(self.network[i])})
-        return {"format": 1, "chain": chain, "layers": {a.layer.name: bool(a.biases) for a in assigned}}
+        return saved_state(self.chain, self.states, self.network, self.assignments(groups))
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, before anything is touched, for a state that is not of this chain and model."""
@@ -316,14 +310,7 @@ class Engine:
         for conditioner, entry in zip(self.chain, state["chain"], strict=True):
             for key, value in entry["settings"].items():
                 setattr(conditioner, key, value)
-        self.states = [
-            {
-                name: copied(saved, self.layers[name].weights[0].device)
-                for name, saved in entry["layers"].items()
-                if saved
-            }
-            for entry in state["chain"]
-        ]
+        self.states = loaded_states(state, self.layers)
         self.network = [copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True
         self._ask_due()
@@ -345,7 +332,7 @@ class Engine:
         return last() is not grad or versions != [grad._version, local(grad)._version]
 
     def _merged(
-        self, moments: Mapping[str, Moments | None], screened: Mapping[str, tuple[Rows, Tensor, Tensor]]
+        self, moments: Mapping[str, Moments | None], screened: Mapping[str, tuple[Rows, Tensor, Any]]
     ) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups

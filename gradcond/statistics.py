@@ -73,6 +73,7 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
     mean, variance = state.get("mean"), state.get("variance")
     if mean is None or variance is None:
         mean, variance = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)
+    mean, variance = mean.to(moments.mean), variance.to(moments.mean)  # the model may have been moved
     steps = state.get("steps", 0) + 1
     a = weight_of(steps, decay, start)
     state["shift"] = d = moments.mean - mean
@@ -94,12 +95,13 @@ class Bank:
     The layers' states hold views of it from then on. With it `fold` of L layers costs 4 operations instead of 4 L.
 
     Args:
-        states: of the layers, with moments of one dtype on one device.
+        states: of the layers.
+        like: a tensor of the dtype and on the device that their next moments have.
     """
 
-    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, states: Sequence[dict[str, Any]], like: Tensor) -> None:
         sizes = [len(state["mean"]) for state in states]
-        self.flat = torch.cat([state[key] for key in ("mean", "variance") for state in states])
+        self.flat = torch.cat([state[key].to(like) for key in ("mean", "variance") for state in states])
         self.moved = torch.zeros_like(self.flat)  # by how much, before the weight
         self.mean, self.variance = self.flat.chunk(2)
         self.shift, self.metric = self.moved.chunk(2)[0], torch.zeros_like(self.mean)
@@ -116,11 +118,11 @@ class Bank:
         """Are these the states whose moments it holds, in step, and are their new ones of its kind?"""
         if len(states) != len(self.views):
             return False
-        steps, dtype = states[0]["steps"], self.flat.dtype
+        steps, dtype, device = states[0]["steps"], self.flat.dtype, self.flat.device
         for state, m, (mean, variance, _) in zip(states, moments, self.views, strict=True):
             if state["mean"] is not mean or state["variance"] is not variance or state["steps"] != steps:
                 return False
-            if m.mean.dtype is not dtype:
+            if m.mean.dtype is not dtype or m.mean.device != device:
                 return False
         return True
 
