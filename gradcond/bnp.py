@@ -140,12 +140,12 @@ class BNP(Conditioner):
         *settings, metric = state.get("_metric") or (None,)
         if metric is None or not self.standardize or settings != [self.eps_rel, self.eps, q]:
             metric = self._metric(state["variance"], q)
-        mean, kept = state["mean"], state.get("_map")
+        mean = state["mean"]
         parts = layer, form, centers, mean, metric
-        if kept is None or kept[1].q != q or not all(map(is_, kept[0], parts)):
+        if layer.kept is None or not all(map(is_, layer.kept[0], parts)):
             center = layer.columns(mean if centers else torch.zeros_like(mean))
-            state["_map"] = kept = parts, form(center, layer.columns(metric), q, layer)
-        row_map: RowMap = kept[1]  # the bank has moved its tensors
+            layer.kept = parts, form(center, layer.columns(metric), q, layer)
+        row_map: RowMap = layer.kept[1]  # where it is an old one, the bank has moved its tensors
         return row_map
 
     def _metric(self, variance: Tensor, q: float) -> Tensor:
