@@ -401,10 +401,11 @@ class Engine:
                     with moving(assignment.layer, whole=True) as view:
                         conditioner.enter_(view, states[name])
                 state = states[name]
+                if capture is not None:
+                    state["has_bias"] = bool(assignment.biases)
                 if capture is None or seen is None:
                     conditioner.wait(state)
                     continue
-                state["has_bias"] = bool(assignment.biases)
                 if capture.feeds_batch_norm or "feeds_batch_norm" not in state:
                     state["feeds_batch_norm"] = capture.feeds_batch_norm
                 due.append((state, seen))
