@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 from torch import nn
 
 from gradcond.layers import Layer
 
-__all__ = ["Assignment", "held_parameters", "trained"]
+__all__ = ["Assignment", "Parameters", "held_parameters", "trained"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,17 @@ class Assignment:
     members: tuple[int, ...]
     sharded: bool  # is a parameter a DTensor?
     whole: bool  # must it be gathered, because its rows are spread over ranks or a conditioner sees across them?
+    moves_bias: bool  # does a conditioner act on the biases?
+    parameters: tuple[nn.Parameter, ...] = field(init=False)  # the weights, and the biases that are trained
+    simple: bool = field(init=False)  # are its rows views of one weight's and one bias's gradient, on every rank?
+    matrix: bool = field(init=False)  # and nothing but that weight?
+
+    def __post_init__(self) -> None:
+        alone = len(self.weights) == 1 and len(self.biases) < 2 and self.layer.span is None
+        plain = not (self.layer.taps or self.layer.groups > 1 or self.layer.transposed)
+        object.__setattr__(self, "parameters", self.weights + self.biases)
+        object.__setattr__(self, "simple", alone and not self.sharded)
+        object.__setattr__(self, "matrix", self.simple and plain)
 
     def with_gradients(self) -> Assignment:
         """This assignment, without the biases that no gradient reached."""
@@ -33,10 +45,27 @@ class Assignment:
             return self
         return replace(self, biases=tuple(bias for bias in self.biases if bias.grad is not None))
 
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The weights, and the biases that are trained."""
-        return self.weights + self.biases
+
+class Parameters:
+    """What the layers show and the groups hold at a step: as long as it is the same, so are the assignments.
+
+    Tensors are compared by identity: layers may be given other ones (FSDP2 does), unfrozen or regrouped.
+    """
+
+    def __init__(self, places: Iterable[tuple[Any, str]], groups: Iterable[Mapping[str, Any]]) -> None:
+        self.shown = [module._parameters.get(leaf) for module, leaf in places]
+        self.trained = [p is not None and p.requires_grad for p in self.shown]
+        self.held = [p for group in groups if group.get("gradcond", True) for p in group["params"]]
+
+    def same(self, other: Parameters | None) -> bool:
+        """Are they those that another one has seen?"""
+        if other is None or self.trained != other.trained:
+            return False
+        return _identical(self.shown, other.shown) and _identical(self.held, other.held)
+
+
+def _identical(these: Sequence[Any], those: Sequence[Any]) -> bool:
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def held_parameters(groups: Iterable[Mapping[str, Any]]) -> set[int]:

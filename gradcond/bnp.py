@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -108,19 +110,20 @@ class BNP(Conditioner):
         self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], scratch: dict[str, Any]
     ) -> None:
         """The same for all layers, side by side once they are in step."""
-        kinds = {
-            (m.mean.dtype, m.mean.device, state.get("steps")) for m, state in zip(moments, states, strict=True)
-        }
-        if len(states) == 1 or len(kinds) > 1 or "mean" not in states[0]:
-            return super().update_all(states, moments, scratch)
         bank = scratch.get("bank")
-        if bank is None or not bank.holds(states):
-            scratch["bank"] = bank = Bank(states)
+        if bank is None or not bank.holds(states, moments):
+            kinds = {
+                (m.mean.dtype, m.mean.device, state.get("steps")) for m, state in zip(moments, states, strict=True)
+            }
+            if len(states) == 1 or len(kinds) > 1 or "mean" not in states[0]:
+                return super().update_all(states, moments, scratch)
+            scratch["bank"] = bank = Bank(states, moments[0].mean)
         bank.fold(states, moments, weight_of(states[0]["steps"] + 1, self.decay, self.start))
-        metrics = bank.damped(self.eps_rel, self.eps) if self.standardize and self.eps > 0 else ()
+        q = [state.get("_q", 1.0) for state in states]
+        metrics = bank.damped(self.eps_rel, self.eps, q) if self.standardize and self.eps > 0 else ()
         for j, state in enumerate(states):
             state["age"] = 1
-            state["_metric"] = (self.eps_rel, self.eps, metrics[j]) if metrics else None
+            state["_metric"] = (self.eps_rel, self.eps, q[j], metrics[j]) if metrics else None
 
     def wait(self, state: dict[str, Any]) -> None:
         """The moments grow older."""
@@ -130,23 +133,27 @@ class BNP(Conditioner):
         """P from the running moments; the identity before the first ones."""
         if "mean" not in state:
             return None
-        mean, variance = state["mean"], state["variance"]
         n = {"rows": state["rows"], "batch": state["samples"], None: layer.fan_in}[self.scale]
-        q = max(layer.fan_in / n, 1.0) ** 0.5
-        has_bias = state.get("has_bias", True)
-        if not self.center or (state.get("feeds_batch_norm") and not has_bias):
-            mean = torch.zeros_like(mean)
-        eps_rel, eps, metric = state.get("_metric") or (None, None, mean)
+        state["_q"] = q = max(layer.fan_in / n, 1.0) ** 0.5  # for the next step's bank
+        form = WithBias if state.get("has_bias", True) else WithoutBias
+        centers = self.center and not (state.get("feeds_batch_norm") and form is WithoutBias)
+        *settings, metric = state.get("_metric") or (None,)
+        if metric is None or not self.standardize or settings != [self.eps_rel, self.eps, q]:
+            metric = self._metric(state["variance"], q)
+        mean = state["mean"]
+        parts = layer, form, centers, mean, metric
+        if layer.kept is None or not all(map(is_, layer.kept[0], parts)):
+            center = layer.columns(mean if centers else torch.zeros_like(mean))
+            layer.kept = parts, form(center, layer.columns(metric), q, layer)
+        row_map: RowMap = layer.kept[1]  # where it is an old one, the bank has moved its tensors
+        return row_map
+
+    def _metric(self, variance: Tensor, q: float) -> Tensor:
+        """1 / (q sigma~)^2."""
         if not self.standardize:
-            metric = torch.ones_like(mean)
-        elif (eps_rel, eps) != (self.eps_rel, self.eps):
-            metric = torch.add(variance, variance.amax(), alpha=self.eps_rel).add_(self.eps).reciprocal_()
-            if self.eps == 0:  # a constant input's weights rest
-                metric.masked_fill_(metric.isinf(), 0.0)
-        if q > 1:
-            metric = metric / (q * q)
-        form = WithBias if has_bias else WithoutBias
-        return form(layer.columns(mean), layer.columns(metric), q, layer)
+            return torch.full_like(variance, 1 / q**2)
+        metric = torch.add(variance, variance.amax(), alpha=self.eps_rel).add_(self.eps).mul_(q**2).reciprocal_()
+        return metric if self.eps > 0 else metric.masked_fill_(metric.isinf(), 0.0)  # there weights rest
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """One mean and one variance per input, or per input and tap."""
@@ -197,9 +204,16 @@ class _Whitening(RowMap):
             return torch.mv(a[0].flatten(1), b.expand(1, 1, *a.shape[2:]).flatten())[None]
         return (a * b).flatten(-1 - taps).sum(-1)
 
+    @cached_property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        """Mean and metric as they are numbered."""
+        return self.mean.view(-1), self.metric.view(-1)
+
     def _matrix(self, weight: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """The weights as one matrix (out, fan_in), mean and metric of its columns: 5 times as fast as by axes."""
         layer, mean, metric = self.layer, self.mean, self.metric
+        if weight.dim() == 2:
+            return weight, *self._vectors
         if len(weight) > 1 or layer.transposed:
             return None, mean, metric
         if layer.taps and mean.numel() < layer.fan_in:
@@ -223,6 +237,8 @@ class _Whitening(RowMap):
 
 class WithBias(_Whitening):
     """P = (1/q) U D, U = [[1, -mu^T], [0, I]], D = diag(1, 1/sigma~)."""
+
+    on_matrix: ClassVar[bool] = True
 
     def factor(self, rows: Rows) -> Rows:
         """Weights z / sigma~, bias minus what they carry of the mean."""
@@ -265,12 +281,12 @@ class WithBias(_Whitening):
         weight = (rows.weight - self._row(rows.bias) * self.mean) * self.metric
         return Rows(weight, rows.bias / self.q**2 - self._inner(weight, self.mean))
 
-    def apply_(self, rows: Rows) -> None:
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
         """The same, without a copy of the gradient where it has the statistics' precision."""
         weight, bias = rows
         assert bias is not None
         if weight.dtype is not self.mean.dtype:
-            return super().apply_(rows)
+            return super().apply_(rows if weight.dim() > 2 else self.layer.rows(weight, bias))
         matrix, mean, metric = self._matrix(weight)
         if matrix is not None:
             bias = bias.view(-1)
@@ -312,7 +328,7 @@ class WithoutBias(_Whitening):
         v, root = self._direction()
         return Rows(weight + self._row((1 / (1 + root))[:, None] * self._inner(weight, v)) * v, rows.bias)
 
-    def apply_(self, rows: Rows) -> None:
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
         """(S + mu mu^T)^-1 g / q^2 in place: divided by the variances, less its part along S^-1 mu."""
         weight = rows.weight
         if weight.dtype is not self.mean.dtype:

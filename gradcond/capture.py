@@ -51,6 +51,8 @@ class InputCapture(_Hook):
 
     def __init__(self, layer: Layer, observer: Observer) -> None:
         self.layer, self.observer = layer, observer
+        self.key = layer.weight_names[0]
+        self.me = weakref.ref(self)
         self.active = True  # is this step's input looked at?
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
@@ -58,6 +60,7 @@ class InputCapture(_Hook):
         self.accumulated: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
+        self.probed = False  # does somebody ask for the last output?
         self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.watched: tuple[Callable[[], Tensor | None], RemovableHandle | None] = (lambda: None, None)
         _drop_inert(layer.module)
@@ -68,7 +71,7 @@ class InputCapture(_Hook):
     @property
     def weight(self) -> Any:
         """The parameter whose gradient tells which rows count."""
-        return self.layer.weights[0]
+        return self.layer.lookup(self.key)
 
     @property
     def size(self) -> int:
@@ -96,7 +99,8 @@ class InputCapture(_Hook):
         self.reached.clear()  # what was reached and never counted was no training
         call = _Call(self, moments)
         if isinstance(output, Tensor):
-            self.last_output = weakref.ref(output), output._version
+            if self.probed:
+                self.last_output = weakref.ref(output), output._version
             output.register_hook(call)
             return
         for leaf in tree_leaves(output):
@@ -159,8 +163,10 @@ class InputCapture(_Hook):
 class _Call:
     """A tensor hook on one call's output: says when a backward pass reaches it."""
 
+    __slots__ = "capture", "counted", "moments"
+
     def __init__(self, capture: InputCapture, moments: Moments) -> None:
-        self.capture, self.moments = weakref.ref(capture), moments
+        self.capture, self.moments = capture.me, moments
         self.counted = False
 
     def __call__(self, grad: Tensor) -> None:
@@ -175,7 +181,7 @@ class _Count:
     """A hook on a parameter whose gradient has been accumulated."""
 
     def __init__(self, capture: InputCapture) -> None:
-        self.capture = weakref.ref(capture)
+        self.capture = capture.me
 
     def __call__(self, parameter: Tensor) -> None:
         """Counts the calls that were reached."""
@@ -194,6 +200,8 @@ class BatchNormProbe(_Hook):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.captures:
                 _drop_inert(module)
                 self.handles.append(module.register_forward_hook(self, with_kwargs=True))
+        for capture in self.captures:
+            capture.probed = bool(self.handles)
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Marks the layer whose last output is this module's input."""
@@ -212,6 +220,8 @@ class BatchNormProbe(_Hook):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        for capture in self.captures:
+            capture.probed = False
 
 
 def _merge(a: Moments | None, b: Moments | None) -> Moments | None:

@@ -38,6 +38,7 @@ class RowMap(ABC):
         """M g = P P^T g; methods with a shorter closed form override it."""
         return self.factor(self.factor_transpose(rows))
 
+    on_matrix: ClassVar[bool] = False  # do `screen` and `apply_` take Linear's weight and bias as they are, too?
     comes_first: ClassVar[bool] = False  # is it outermost, wherever its conditioner stands?
 
     def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:
@@ -62,8 +63,8 @@ class RowMap(ABC):
         """
         return None
 
-    def apply_(self, rows: Rows) -> None:
-        """Replaces g by M g in place; methods that need no copy of g override it."""
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
+        """Replaces g by M g in place, given what `screen` has found; methods that need no copy override it."""
         _put(self.apply(rows), rows)
 
 
@@ -114,7 +115,7 @@ class Chain(RowMap):
         around = Chain(tuple(outer))
         return around.factor(inner.apply(around.factor_transpose(rows)))
 
-    def apply_(self, rows: Rows) -> None:
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
         """The same in place, where the outermost map is its own transpose."""
         outermost, *inner = self.maps
         if not isinstance(outermost, SymmetricMap):
@@ -152,6 +153,7 @@ class Conditioner(ABC):
     is_projection: ClassVar[bool] = False  # M M = M
     acts_on_bias: ClassVar[bool] = False
     uses_rate: ClassVar[bool] = False  # does P depend on the step's gradient and learning rate? Then update_rate
+    fixed: ClassVar[bool] = False  # does P depend on the settings and the layer's shape alone?
     comes_last: ClassVar[bool] = False  # does it act on all gradients together, once they are conditioned?
     taps: bool = False  # does it need the moments of every tap?
     ghost: int | None = None  # from how many rows of each call? None: all
@@ -276,5 +278,7 @@ def _put(mapped: Rows, rows: Rows) -> None:
 
 def compose(maps: Sequence[RowMap | None]) -> RowMap | None:
     """The chain of the maps that are there: None when all are the identity, itself when there is one."""
-    there = tuple(sorted((m for m in maps if m is not None), key=lambda m: not m.comes_first))
-    return there[0] if len(there) == 1 else Chain(there) if there else None
+    there = [m for m in maps if m is not None]
+    if len(there) < 2:
+        return there[0] if there else None
+    return Chain(tuple(sorted(there, key=lambda m: not m.comes_first)))

@@ -63,7 +63,6 @@ class Ranks:
         """For each flag: is it true on any rank?"""
         return self.merge({}, {}, *flags, device=device)[1]
 
-    @torch.no_grad()
     def merge(
         self,
         captures: Mapping[str, InputCapture],

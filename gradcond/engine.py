@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcond.assignment import Assignment, held_parameters, trained
+from gradcond.assignment import Assignment, Parameters, trained
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
@@ -21,7 +21,7 @@ from gradcond.inputs import Observer
 from gradcond.layers import Layer, Rows, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner
 from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
-from gradcond.states import State, check_saved, copied
+from gradcond.states import State, check_saved, copied, kept, loaded_states, saved_state
 from gradcond.statistics import Moments
 
 __all__ = ["Engine"]
@@ -36,6 +36,9 @@ _KEPT = (
     "network",
     "warned",
 )  # by copies; the rest is found again
+
+
+_NEVER = (lambda: None), 0, 0
 
 
 class Engine:
@@ -72,15 +75,18 @@ class Engine:
     def _attach(self) -> None:
         """Finds the layers and hooks those whose inputs are needed."""
         self.layers = find_layers(self.model)
+        self.places = [place for layer in self.layers.values() for place in layer.places.values()]
         self.lazy = has_lazy(self.model)
         self._ask_refusals()
         users = [c for c in self.chain if c.uses_inputs]
         self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
         self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
         self.probe = BatchNormProbe(self.captures.values(), self.model)
-        self.starts_early = not any(
-            c.uses_inputs or c.uses_rate or type(c).enter_ is not Conditioner.enter_ for c in self.chain
-        )
+        self.screens = not any(c.uses_inputs or c.uses_rate for c in self.chain)  # is P known beforehand?
+        self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
+        self.fixed = all(c.fixed for c in self.chain)
+        self.fixed_maps: dict[str, RowMap | None] = {}
+        self.settings: list[dict[str, Any]] = []  # that they belong to
         self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         self.conditioned: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
         self.assigned: list[Assignment] = []
@@ -97,7 +103,8 @@ class Engine:
             name: tuple(i for i, reason in enumerate(reasons) if reason is None)
             for name, reasons in self.refusals.items()
         }
-        self.found: tuple[Any, list[Assignment]] = (None, [])
+        self.parameters: Parameters | None = None  # to which the assignments found belong
+        self.found: list[Assignment] = []
 
     def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
         if self.only is not None and not self.only(name):
@@ -115,7 +122,8 @@ class Engine:
             self.observer.seed = 65537 * max(steps, default=0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in _KEPT}
+        plain = [{name: kept(state) for name, state in states.items()} for states in self.states]
+        return {key: getattr(self, key) for key in _KEPT} | {"states": plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -123,18 +131,18 @@ class Engine:
 
     def assignments(self, groups: Sequence[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these parameter groups train and at least one conditioner takes."""
-        if any(is_sharded(p) for group in groups for p in group["params"]):
+        now = Parameters(self.places, groups)
+        if now.same(self.parameters):
+            return self.found
+        if any(is_sharded(p) for p in now.held):
             reshard(self.model)
-        held = held_parameters(groups)
-        now = [(p, p.requires_grad, id(p) in held) for layer in self.layers.values() for p in layer.parameters()]
-        before, found = self.found
-        if before is not None and len(before) == len(now):
-            # by identity: what is compared at every step is most of the time the same
-            if all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(before, now, strict=True)):
-                return found
-        found = [a for name, layer in self.layers.items() if (a := self._assignment(name, layer, held)) is not None]
-        self.found = now, found
-        return found
+            now = Parameters(self.places, groups)
+        if not now.same(self.parameters):
+            held = {id(p) for p in now.held}
+            found = [self._assignment(name, layer, held) for name, layer in self.layers.items()]
+            self.parameters, self.found = now, [a for a in found if a is not None]
+            self.fixed_maps.clear()
+        return self.found
 
     def _assignment(self, name: str, layer: Layer, held: set[int]) -> Assignment | None:
         members, weights = self.members[name], tuple(layer.weights)
@@ -149,6 +157,7 @@ class Engine:
             members,
             sharded=any(is_sharded(p) for p in layer.parameters()),
             whole=not (rows_are_local(layer) and row_wise),
+            moves_bias=any(self.chain[i].acts_on_bias for i in members),
         )
 
     # a compiled step runs these as they are: traced, every new norm and step count would compile them again
@@ -160,6 +169,9 @@ class Engine:
             self._attach()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self._ask_refusals()
+        if self.fixed and (now := [dict(vars(c)) for c in self.chain]) != self.settings:
+            self.settings = now
+            self.fixed_maps.clear()
         self.groups = groups
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
@@ -175,53 +187,57 @@ class Engine:
         """
         if not self.chain:
             return
-        ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
-        started = self._started(ready) if self.starts_early else {}
-        moments = self._merged({name: capture.take() for name, capture in self.captures.items()}, started)
-        if self.idle or not (ready or self.chain[-1].comes_last):
-            return
         with torch.no_grad():
-            first, self.first = self.first, False
-            lengths = Lengths() if self.chain[-1].comes_last else None
-            new = [a for a in ready if a.layer.name not in self.frozen]
-            self._update(new, moments)
-            for assignment in ready:
-                name = assignment.layer.name
-                if name not in self.frozen:  # a closure's later evaluations keep the step's P
-                    self.frozen[name] = self._next_map(assignment)
-                grads = [p.grad for p in assignment.parameters]
-                before = [local(grad).clone() for grad in grads] if lengths is not None else []
-                row_map = self.frozen[name]
-                if name in started and row_map is not None:
-                    row_map.apply_(started[name][0])
-                elif row_map is not None:
-                    self._map_("apply", row_map, assignment, grads)
-                if lengths is not None:
-                    lengths.add(before, grads)
-            if lengths is not None:
-                lengths.clip_(self.chain[-1], self.network[-1], self.groups, fold=first)
+            ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
+            screened = self._screened(ready) if self.screens else {}
+            moments = self._merged({name: capture.take() for name, capture in self.captures.items()}, screened)
+            if self.idle or not (ready or self.chain[-1].comes_last):
+                return
+            self._update([a for a in ready if a.layer.name not in self.frozen], moments)
+            self._apply_(ready, screened)
         for assignment in ready:  # several layers may share a gradient
             grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
             self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
 
-    @torch.no_grad()
-    def _started(self, ready: Sequence[Assignment]) -> dict[str, tuple[Rows, Tensor, Tensor]]:
-        """By layer, rows over which a first pass has gone, what it found, and the gradient that they show."""
-        started = {}
+    def _apply_(self, ready: Sequence[Assignment], screened: Mapping[str, tuple[Rows, Tensor, Any]]) -> None:
+        """Replaces the gradients of these layers by M g."""
+        first, self.first = self.first, False
+        lengths = Lengths() if self.chain[-1].comes_last else None
+        for assignment in ready:
+            name = assignment.layer.name
+            if name not in self.frozen:  # a closure's later evaluations keep the step's P
+                self.frozen[name] = self._next_map(assignment)
+            row_map = self.frozen[name]
+            if lengths is not None:
+                grads = [p.grad for p in assignment.parameters]
+                before = [local(grad).clone() for grad in grads]
+            if name in screened and row_map is not None:
+                rows, found, _ = screened[name]
+                row_map.apply_(rows, found)
+            elif assignment.simple and row_map is not None:
+                row_map.apply_(_rows(assignment, row_map))
+            elif row_map is not None:
+                self._map_("apply", row_map, assignment, [p.grad for p in assignment.parameters])
+            if lengths is not None:
+                lengths.add(before, grads)
+        if lengths is not None:
+            lengths.clip_(self.chain[-1], self.network[-1], self.groups, fold=first)
+
+    def _screened(self, ready: Sequence[Assignment]) -> dict[str, tuple[Rows, Tensor, Any]]:
+        """By layer: rows, what a first pass over them has found, and the gradient that they show."""
+        screened: dict[str, tuple[Rows, Tensor, Any]] = {}
         for a in ready:
             name = a.layer.name
-            if a.sharded or a.layer.span is not None or len(a.weights) > 1 or len(a.biases) > 1:
+            if not a.simple:
                 continue
             if name not in self.frozen and all(name in self.states[i] for i in a.members):
                 self.frozen[name] = self._next_map(a)
             row_map = self.frozen.get(name)
             if row_map is not None:
-                grad: Any = a.weights[0].grad
-                rows = joined(a.layer, [grad], [b.grad for b in a.biases])  # type: ignore[misc]
-                found = row_map.screen(rows)
-                if found is not None:
-                    started[name] = rows, found, grad
-        return started
+                rows = _rows(a, row_map)
+                if (found := row_map.screen(rows)) is not None:
+                    screened[name] = rows, found, a.weights[0].grad
+        return screened
 
     def give_factor(self, optimizer: Any) -> None:
         """Lets an optimizer that draws noise (SGLD) draw it through P."""
@@ -262,9 +278,7 @@ class Engine:
         """After the optimizer's step: weights go back to where their conditioners keep them."""
         if self.idle:
             return
-        for i, conditioner in enumerate(self.chain):
-            if type(conditioner).retract_ is Conditioner.retract_:
-                continue
+        for i in self.retracting:
             for assignment in self.assigned:
                 if i in assignment.members and assignment.layer.name in self.states[i]:
                     self._retract_(assignment, i)
@@ -285,14 +299,7 @@ class Engine:
 
     def state_dict(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Plain dictionaries of tensors, numbers and strings: `torch.load(weights_only=True)` reads them."""
-        assigned = self.assignments(groups)
-        chain = []
-        for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
-            names = [a.layer.name for a in assigned if i in a.members]
-            layers = {name: copied(states.get(name, {})) for name in names}
-            entry = {"name": conditioner.name, "settings": conditioner.settings(), "layers": layers}
-            chain.append(entry | {"network": copied(self.network[i])})
-        return {"format": 1, "chain": chain, "layers": {a.layer.name: bool(a.biases) for a in assigned}}
+        return saved_state(self.chain, self.states, self.network, self.assignments(groups))
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, before anything is touched, for a state that is not of this chain and model."""
@@ -303,14 +310,7 @@ class Engine:
         for conditioner, entry in zip(self.chain, state["chain"], strict=True):
             for key, value in entry["settings"].items():
                 setattr(conditioner, key, value)
-        self.states = [
-            {
-                name: copied(saved, self.layers[name].weights[0].device)
-                for name, saved in entry["layers"].items()
-                if saved
-            }
-            for entry in state["chain"]
-        ]
+        self.states = loaded_states(state, self.layers)
         self.network = [copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True
         self._ask_due()
@@ -322,32 +322,36 @@ class Engine:
 
     def _is_fresh(self, assignment: Assignment) -> bool:
         """Are there gradients that have not been conditioned yet? Sparse ones have no rows of a layer."""
-        if any(weight.grad is None or weight.grad.is_sparse for weight in assignment.weights):
-            return False
-        grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
-        last, *versions = self.conditioned.get(assignment.layer.name, (lambda: None, 0, 0))
+        for weight in assignment.weights:
+            grad = weight.grad
+            if grad is None or grad.is_sparse:
+                return False
+        grad = assignment.weights[0].grad
+        assert grad is not None
+        last, *versions = self.conditioned.get(assignment.layer.name, _NEVER)
         return last() is not grad or versions != [grad._version, local(grad)._version]
 
     def _merged(
-        self, moments: Mapping[str, Moments | None], started: Mapping[str, tuple[Rows, Tensor, Tensor]]
+        self, moments: Mapping[str, Moments | None], screened: Mapping[str, tuple[Rows, Tensor, Any]]
     ) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
-        candidates = [p for a in self.assigned for p in a.parameters]
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
             candidates = [p for g in self.groups if g.get("gradcond", True) for p in g["params"]]
-        held = [p for p in candidates if p.grad is not None and not p.grad.is_sparse]
-        grads = [grad for p in held if (grad := local(p.grad)).numel() > 0]
+        else:
+            candidates = [p for a in self.assigned for p in a.parameters]
+        held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]
+        grads = [local(p.grad) for p in held]
         taken = [m for m in moments.values() if m is not None]
-        bad, busy = False, bool(taken or grads)
-        if self.check_finite or (self.check_finite is None and all(t.is_cpu for t in grads)):
-            screened = {id(grad) for _, _, grad in started.values()}
-            total = total_of(
-                [grad for grad in grads if id(grad) not in screened]
-                + [found for _, found, _ in started.values()]
-                + [m.variance for m in taken]
-            )
+        bad, busy = False, bool(taken) or any(grad.numel() for grad in grads)
+        on_cpu = all(grad.is_cpu for grad in grads)
+        if self.check_finite or (self.check_finite is None and on_cpu):
+            looked_at = grads + [m.variance for m in taken]
+            if screened:
+                found = {id(grad): found for _, found, grad in screened.values()}
+                looked_at = [found.get(id(tensor), tensor) for tensor in looked_at]
+            total = total_of(looked_at, on_cpu=on_cpu and all(t.is_cpu for t in looked_at))
             # a sum may overflow, or be zero, where no number is: then each is looked at
-            bad = not math.isfinite(total) and bool(self._not_finite(held, moments))
+            bad = not cmath.isfinite(total) and bool(self._not_finite(held, moments))
             busy = bool(taken) or total != 0 or any(bool(grad.any()) for grad in grads)
         merged, (bad, busy) = self.ranks.merge(self.captures, moments, bad, busy, device=self._device)
         if bad:
@@ -382,34 +386,36 @@ class Engine:
         for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
             due = []
             for assignment in assignments:
-                name = assignment.layer.name
                 if i not in assignment.members:
                     continue
-                seen = moments.get(name)
-                is_due = conditioner.uses_inputs and self.captures[name].active
-                is_due = is_due and conditioner.is_due(states.get(name, {}))
-                if is_due and seen is None:
-                    self._warn_missing(assignment)
-                    self.unseen.add(name)
-                    continue
+                name, seen = assignment.layer.name, None
+                capture = self.captures.get(name) if conditioner.uses_inputs else None
+                if capture is not None and capture.active and conditioner.is_due(states.get(name, {})):
+                    seen = moments.get(name)
+                    if seen is None:
+                        self._warn_missing(assignment)
+                        self.unseen.add(name)
+                        continue
                 if name not in states:
                     states[name] = {}
                     with moving(assignment.layer, whole=True) as view:
                         conditioner.enter_(view, states[name])
                 state = states[name]
-                if not is_due or seen is None:
+                if capture is not None:
+                    state["has_bias"] = bool(assignment.biases)
+                if capture is None or seen is None:
                     conditioner.wait(state)
                     continue
-                state["has_bias"] = bool(assignment.biases)
-                state["feeds_batch_norm"] = self.captures[name].feeds_batch_norm or state.get(
-                    "feeds_batch_norm", False
-                )
+                if capture.feeds_batch_norm or "feeds_batch_norm" not in state:
+                    state["feeds_batch_norm"] = capture.feeds_batch_norm
                 due.append((state, seen))
             if due:
                 conditioner.update_all([state for state, _ in due], [m for _, m in due], self.scratch[i])
 
     def _next_map(self, assignment: Assignment) -> RowMap | None:
         """The step's P of a layer."""
+        if self.fixed and assignment.layer.name in self.fixed_maps:
+            return self.fixed_maps[assignment.layer.name]
         layer, whole = assignment.layer, assignment.whole
         maps: list[RowMap | None] = []
         n = len(assignment.weights)
@@ -429,7 +435,10 @@ class Engine:
             if assignment.sharded and not whole:
                 state = local_state(layer, state)
             maps.append(conditioner.row_map(view, state))
-        return compose(maps)
+        row_map = compose(maps)
+        if self.fixed:
+            self.fixed_maps[layer.name] = row_map
+        return row_map
 
     def _rate(self, assignment: Assignment) -> Any:
         """The size of the optimizer's step for a gradient of one that stays."""
@@ -453,6 +462,15 @@ class Engine:
                 "pass in training mode, through the module's call. Its gradient goes through as it is",
                 stacklevel=2,
             )
+
+
+def _rows(assignment: Assignment, row_map: RowMap) -> Rows:
+    """Views of the gradients of a simple assignment."""
+    weight: Any = assignment.weights[0].grad
+    bias = assignment.biases[0].grad if assignment.biases and assignment.moves_bias else None
+    if assignment.matrix and row_map.on_matrix:
+        return Rows(weight, bias)
+    return assignment.layer.rows(weight, bias)
 
 
 def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:

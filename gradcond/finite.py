@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+flattened = torch._C._nn.flatten_dense_tensors  # one call, in place of one each and torch.cat
 
 __all__ = ["total_of"]
 
 _SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 
 
-def total_of(tensors: Sequence[Tensor]) -> float:
+def total_of(tensors: Iterable[Tensor], *, on_cpu: bool = False) -> complex:
     """The sum of all entries: not finite when one of them is not. It may overflow where they are finite.
 
     A sum is vectorized; the largest magnitude, which cannot overflow, takes a hundred times as long on a CPU.
+    `on_cpu` says that they are all there, which then nobody asks.
 
     Example:
         >>> total_of([torch.ones(2), torch.tensor([float("inf")])])
         inf
     """
-    tensors = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    if len({t.device for t in tensors}) > 1:
-        return sum(float(t.sum()) for t in tensors)
-    sums = [t.sum() for t in tensors if t.numel() > _SMALL]
-    if small := [t.flatten() for t in tensors if t.numel() <= _SMALL]:
-        sums.append(torch.cat(small).sum())
-    return float(torch.stack(sums).sum()) if sums else 0.0
+    parts = [t.sum() if t.numel() > _SMALL else t for t in tensors]
+    if on_cpu or len({t.device for t in parts}) == 1:
+        parts = [flattened(parts)] if parts else []
+    total: complex = sum(t.sum().item() for t in parts)
+    return total

@@ -91,6 +91,7 @@ class Layer:
     ) -> None:
         self.name = name
         self.module: Any = module
+        self.kept: Any = None  # the last map that was made for it, after what it was made from
         self.lookup: Callable[[str], Any] = self._attribute
         self.weight_names = (weight,) if isinstance(weight, str) else tuple(weight)
         biases = (bias,) if isinstance(bias, str) else tuple(bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class MeanShiftRejection(Conditioner):
     rejection: float = 0.9
     rescale: bool = False
 
+    fixed: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0 <= self.rejection <= 1:
             raise ValueError(f"MeanShiftRejection: rejection must be in [0, 1], got {self.rejection}")
@@ -64,14 +66,13 @@ class MeanShiftRejection(Conditioner):
         return Damping(self.rejection, 1 / (1 - self.rejection) if self.rescale else 1.0, layer.taps)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Damping(SymmetricMap):
     """M = gain (I - m J) and its symmetric root, over the last `taps` axes."""
 
     m: float
     gain: float
     taps: int
-    means: Tensor | None = None  # of the gradient that is being conditioned
 
     def _minus(self, rows: Rows, fraction: float, gain: float) -> Rows:
         mean = rows.weight.mean(tuple(range(-self.taps, 0)), keepdim=True)
@@ -81,10 +82,9 @@ class Damping(SymmetricMap):
         """M^1/2 w."""
         return self._minus(rows, 1 - (1 - self.m) ** 0.5, self.gain**0.5)
 
-    def apply_(self, rows: Rows) -> None:
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
         """In place, without a copy."""
-        means, self.means = self.means if self.means is not None else self._means(rows.weight), None
-        rows.weight.sub_(means, alpha=self.m)
+        rows.weight.sub_(self._means(rows.weight) if found is None else found, alpha=self.m)
         if self.gain != 1:
             rows.weight.mul_(self.gain)
 
@@ -98,8 +98,7 @@ class Damping(SymmetricMap):
 
     def screen(self, rows: Rows) -> Tensor:
         """The means."""
-        self.means = self._means(rows.weight)
-        return self.means
+        return self._means(rows.weight)
 
     def inverse(self, rows: Rows) -> Rows:
         """M^-1/2 w; without what a full rejection leaves nothing of."""

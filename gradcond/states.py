@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradcond.assignment import Assignment
 from gradcond.conditioner import Conditioner
 from gradcond.layers import Layer
 
-__all__ = ["State", "check_saved", "check_states", "copied"]
+__all__ = ["State", "check_saved", "check_states", "copied", "kept", "loaded_states", "saved_state"]
 
 State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
 
@@ -23,8 +24,36 @@ def copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict
         >>> copied({"steps": 3, "_metric": None})
         {'steps': 3}
     """
-    kept = {k: v for k, v in state.items() if not k.startswith("_")}
-    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
+    return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kept(state).items()}
+
+
+def kept(state: Mapping[str, Any]) -> dict[str, Any]:
+    """One layer's state without what can be computed again."""
+    return {k: v for k, v in state.items() if not k.startswith("_")}
+
+
+def saved_state(
+    chain: Sequence[Conditioner],
+    states: Sequence[State],
+    network: Sequence[Mapping[str, Any]],
+    assigned: Sequence[Assignment],
+) -> dict[str, Any]:
+    """What a checkpoint keeps of a chain: plain dictionaries of tensors, numbers and strings."""
+    entries = []
+    for i, conditioner in enumerate(chain):
+        names = [a.layer.name for a in assigned if i in a.members]
+        layers = {name: copied(states[i].get(name, {})) for name in names}
+        entry = {"name": conditioner.name, "settings": conditioner.settings(), "layers": layers}
+        entries.append(entry | {"network": copied(network[i])})
+    return {"format": 1, "chain": entries, "layers": {a.layer.name: bool(a.biases) for a in assigned}}
+
+
+def loaded_states(state: Mapping[str, Any], layers: Mapping[str, Layer]) -> list[State]:
+    """The layers' states of a saved one, each on its layer's device."""
+    return [
+        {name: copied(saved, layers[name].weights[0].device) for name, saved in entry["layers"].items() if saved}
+        for entry in state["chain"]
+    ]
 
 
 def check_saved(state: Mapping[str, Any], chain: Sequence[Conditioner], layers: Mapping[str, Layer]) -> None:

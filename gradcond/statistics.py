@@ -73,6 +73,7 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
     mean, variance = state.get("mean"), state.get("variance")
     if mean is None or variance is None:
         mean, variance = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)
+    mean, variance = mean.to(moments.mean), variance.to(moments.mean)  # the model may have been moved
     steps = state.get("steps", 0) + 1
     a = weight_of(steps, decay, start)
     state["shift"] = d = moments.mean - mean
@@ -91,45 +92,56 @@ def weight_of(steps: int, decay: float, start: str) -> float:
 class Bank:
     """The running moments of several layers side by side, so that one operation moves all of them.
 
-    The layers' states hold views of it from then on. With it `fold` of L layers costs 6 operations instead of 4 L.
+    The layers' states hold views of it from then on. With it `fold` of L layers costs 4 operations instead of 4 L.
 
     Args:
-        states: of the layers, with moments of one dtype on one device.
+        states: of the layers.
+        like: a tensor of the dtype and on the device that their next moments have.
     """
 
-    def __init__(self, states: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, states: Sequence[dict[str, Any]], like: Tensor) -> None:
         sizes = [len(state["mean"]) for state in states]
-        self.mean, self.variance = (torch.cat([state[key] for state in states]) for key in ("mean", "variance"))
-        self.shift, self.metric = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.mean.device)
-        self.largest = self.mean.new_zeros(len(sizes))
+        self.flat = torch.cat([state[key].to(like) for key in ("mean", "variance") for state in states])
+        self.moved = torch.zeros_like(self.flat)  # by how much, before the weight
+        self.mean, self.variance = self.flat.chunk(2)
+        self.shift, self.metric = self.moved.chunk(2)[0], torch.zeros_like(self.mean)
+        self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.flat.device)
+        self.largest = self.flat.new_zeros(len(sizes))
+        self.scale: tuple[list[float], Tensor] = [], self.flat
         keys = ("mean", "variance", "shift")
         self.views = list(zip(*(getattr(self, key).split(sizes) for key in keys), strict=True))
         self.metrics = self.metric.split(sizes)
         for state, views in zip(states, self.views, strict=True):
             state.update(zip(keys, views, strict=True))
 
-    def holds(self, states: Sequence[dict[str, Any]]) -> bool:
-        """Are these the states whose moments it holds?"""
+    def holds(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments]) -> bool:
+        """Are these the states whose moments it holds, in step, and are their new ones of its kind?"""
         if len(states) != len(self.views):
             return False
-        pairs = zip(states, self.views, strict=True)
-        return all(state["mean"] is mean and state["variance"] is variance for state, (mean, variance, _) in pairs)
+        steps, dtype, device = states[0]["steps"], self.flat.dtype, self.flat.device
+        for state, m, (mean, variance, _) in zip(states, moments, self.views, strict=True):
+            if state["mean"] is not mean or state["variance"] is not variance or state["steps"] != steps:
+                return False
+            if m.mean.dtype is not dtype or m.mean.device != device:
+                return False
+        return True
 
     def fold(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], a: float) -> None:
         """What the function `fold` does, with the weight a for all layers."""
-        mean, variance = torch.cat([m.mean for m in moments]), torch.cat([m.variance for m in moments])
-        d = torch.sub(mean, self.mean, out=self.shift)
-        self.mean.lerp_(mean, a)
-        self.variance.lerp_(variance, a).addcmul_(d, d, value=a * (1 - a))
+        new = torch.cat([m.mean for m in moments] + [m.variance for m in moments])
+        torch.sub(new, self.flat, out=self.moved)
+        self.flat.lerp_(new, a)
+        self.variance.addcmul_(self.shift, self.shift, value=a * (1 - a))
         for state, m, (_, _, shift) in zip(states, moments, self.views, strict=True):
             state["steps"], state["rows"], state["samples"] = state["steps"] + 1, m.rows, m.samples
             state["shift"] = shift
 
-    def damped(self, eps_rel: float, eps: float) -> tuple[Tensor, ...]:
-        """1 / (variance + eps_rel max(variance) + eps) for each layer, until the next call."""
-        largest = (
-            self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax").index_select(0, self.owner)
-        )
-        torch.add(self.variance, largest, alpha=eps_rel, out=self.metric).add_(eps).reciprocal_()
+    def damped(self, eps_rel: float, eps: float, q: list[float]) -> tuple[Tensor, ...]:
+        """1 / (q^2 (variance + eps_rel max(variance) + eps)) for each layer, until the next call."""
+        if self.scale[0] != q:
+            squares = self.largest.new_tensor([number**2 for number in q])
+            self.scale = q, squares.index_select(0, self.owner)
+        largest = self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax")
+        torch.add(self.variance, largest.index_select(0, self.owner), alpha=eps_rel, out=self.metric)
+        self.metric.add_(eps).mul_(self.scale[1]).reciprocal_()
         return self.metrics
