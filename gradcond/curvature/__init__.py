@@ -1,12 +1,13 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
 
 from gradcond.curvature.condition import ConditionNumber, condition_number
+from gradcond.curvature.density import Ratio, SpectralDensity
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
 from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
-from gradcond.curvature.spectrum import SpectralDensity, spectral_density
+from gradcond.curvature.spectrum import spectral_density
 from gradcond.curvature.trace import Estimate, diagonal, trace
 from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
@@ -19,6 +20,7 @@ __all__ = [
     "Hessian",
     "Operator",
     "Preconditioned",
+    "Ratio",
     "SpectralDensity",
     "Tridiagonal",
     "condition_number",
