@@ -7,8 +7,9 @@ from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
 from gradcond.curvature.hessian import GGN, Hessian
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
+from gradcond.curvature.probes import Estimate
 from gradcond.curvature.spectrum import spectral_density
-from gradcond.curvature.trace import Estimate, diagonal, trace
+from gradcond.curvature.trace import diagonal, frobenius_norm, trace
 from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "diagonal",
     "eigsh",
     "exact_spectrum",
+    "frobenius_norm",
     "spectral_density",
     "trace",
     "tridiagonalize",
