@@ -35,7 +35,7 @@ def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
     last = np.eye(rank)[ends - 1]  # A Q = Q T + R last
     T = block_diag(*[np.diag(run.alphas) + np.diag(run.betas, 1) + np.diag(run.betas, -1) for run in runs])
     # an orthonormal basis Q C of the joint span; what several runs have found is in it once
-    cut = max(10 * runs[0].products.eps, 1e-6)  # of squared sines; the rounding of G, 1e-16, must stay far below
+    cut = max(10 * runs[0].products.eps, 1e-8)  # of squared sines; the rounding of G, 1e-16, must stay far below
     g, V = eigh(G)
     C = V[:, g > cut] / np.sqrt(g[g > cut])
     H = C.T @ (G @ T + QR @ last) @ C
