@@ -50,8 +50,6 @@ class SpectralDensity:
 
         nan when there is none.
         """
-        if not 0 <= q <= 1:
-            raise ValueError(f"q must be in [0, 1], got {q}")
         kept = self.nodes.abs() > above
         values = self.nodes.abs() if absolute else self.nodes
         return _quantile(values[kept], self.weights[kept], q)
@@ -118,6 +116,8 @@ def exact_density(values: Tensor, grid: str | Tensor, products: Products) -> Spe
 
 
 def _quantile(values: Tensor, weights: Tensor, q: float) -> float:
+    if not 0 <= q <= 1 and not math.isnan(q):
+        raise ValueError(f"q must be in [0, 1], got {q}")
     if len(values) == 0 or math.isnan(q):
         return math.nan
     values, order = values.sort()

@@ -59,7 +59,8 @@ def exchange(products: Products, omega: Tensor, block: int) -> Exchange:
     Q, R = torch.linalg.qr(Y)
     Z = in_blocks(products, Q.to(products.work_dtype), block)
     # a probe that adds nothing to the others leaves out a direction of rounding: no matter which
-    floor = torch.finfo(Y.dtype).eps * k * (R.abs().max() + torch.finfo(Y.dtype).tiny)
+    info = torch.finfo(Y.dtype)
+    floor = max(info.eps * k * float(R.abs().max()), info.tiny)
     diagonal = R.diagonal()
     lifted = R + torch.diag(torch.where(diagonal.abs() < floor, floor, 0.0))
     S = torch.linalg.solve_triangular(lifted.mT, torch.eye(k).to(R), upper=False)

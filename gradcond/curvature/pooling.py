@@ -43,7 +43,8 @@ def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
     Y = C @ S
     ends_of_y = last @ Y
     outside = RR - QR.T @ C @ C.T @ QR
-    residuals = np.sqrt(np.maximum((ends_of_y * (outside @ ends_of_y)).sum(0), 0))
+    rounding = runs[0].products.eps * np.abs(nodes).max()
+    residuals = np.sqrt(np.maximum((ends_of_y * (outside @ ends_of_y)).sum(0), rounding**2))
     # with M = G^-1, u = M Q^T y and the rows i of one run: |W^T y|^2 = y^T Q u - u_i^T M_ii^-1 u_i, and
     # <w, y> is the first entry of M_ii^-1 u_i (block elimination)
     inner = G @ Y

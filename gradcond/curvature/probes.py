@@ -92,7 +92,7 @@ def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int
             mass = (products.n - count) / z.square().sum(0)
             z = z.to(products.work_dtype)
         image = products(z).double()
-        if start == 0:
+        if start == 0 and not count:
             _check_symmetry(products, z, image)
         samples = quantity.sample(z.double(), image, known)
         moments.add(samples * mass.to(samples).reshape(-1, *[1] * (samples.ndim - 1)))
@@ -130,7 +130,9 @@ def _deflated(products: Products, omega: Tensor) -> Deflation:
     """Q spans A omega, where the largest eigenvalues are."""
     if omega.shape[1] == 0:
         return Deflation(omega.double(), omega.double())
-    Q = torch.linalg.qr(in_blocks(products, omega, BLOCK))[0]
+    Y = in_blocks(products, omega, BLOCK)
+    _check_symmetry(products, omega, Y)  # here, where A has not been deflated to rounding
+    Q = torch.linalg.qr(Y)[0]
     return Deflation(Q, in_blocks(products, Q.to(products.work_dtype), BLOCK))
 
 
