@@ -16,9 +16,9 @@ from gradcond.curvature.lanczos import Lanczos, orthogonalize_
 from gradcond.curvature.operators import Products, generator_from
 
 FLOOR = 8  # x eps x max|lambda|: float32 resolves condition numbers up to 1e6
-# a smaller eigenvalue may show up late: the smallest must have stood still, to tol, for so many steps (of 309 answers
-# on random spectra 1 is off by more than tol then; of values that have just converged, 7 of 100); where the budget
-# allows, the search goes on until the error is this share of tol
+# a smaller eigenvalue may show up late: the smallest must have stood still, to tol, for so many steps (of 309
+# answers on random spectra 1 is off by more than tol then; of values that have just converged, 7 of 100); where
+# the budget allows, the search goes on until the error is this share of tol
 CONFIRM, SHARPER = 10, 0.05
 
 
