@@ -3,6 +3,7 @@
 from gradcond.curvature.adaptive import optimizer_factor
 from gradcond.curvature.composed import Block, Combination
 from gradcond.curvature.condition import ConditionNumber, condition_number
+from gradcond.curvature.density import Ratio, SpectralDensity
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
 from gradcond.curvature.factors import DiagonalFactor, Factor, ProductFactor
@@ -13,8 +14,9 @@ from gradcond.curvature.objective import ModelLoss
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
 from gradcond.curvature.preflight import Preflight, preflight
+from gradcond.curvature.probes import Estimate
 from gradcond.curvature.spectrum import SpectralDensity, spectral_density
-from gradcond.curvature.trace import Estimate, diagonal, trace
+from gradcond.curvature.trace import Estimate, diagonal, frobenius_norm, trace
 from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [
@@ -36,12 +38,14 @@ __all__ = [
     "Preconditioned",
     "Preflight",
     "ProductFactor",
+    "Ratio",
     "SpectralDensity",
     "Tridiagonal",
     "condition_number",
     "diagonal",
     "eigsh",
     "exact_spectrum",
+    "frobenius_norm",
     "optimizer_factor",
     "preflight",
     "spectral_density",

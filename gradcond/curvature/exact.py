@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gradcond.curvature.condition import FLOOR, ConditionNumber
-from gradcond.curvature.operators import Products, written_out
-from gradcond.curvature.smoothing import cumulative, evaluation_grid, smooth
-from gradcond.curvature.spectrum import SpectralDensity
+from gradcond.curvature.dense import eigenvalues
+from gradcond.curvature.density import SpectralDensity, exact_density
+from gradcond.curvature.operators import Products
 
 
 @dataclass(frozen=True)
@@ -61,42 +61,13 @@ def exact_spectrum(
         (tensor([1., 3.], dtype=torch.float64), 3.0)
     """
     products = Products(A, progress)
-    if isinstance(products.A, Tensor):
-        dense = products.A
-    else:
-        dense = written_out(products, products.n, products.work_dtype, products.device, chunk)
-    dense = dense.to("cpu", torch.float64)
-    scale = dense.norm() / products.n**0.5
-    asymmetry = (dense - dense.mT).norm() / (2 * products.n) ** 0.5
-    products.check_symmetry(float(asymmetry), float(scale) or 1.0)
-    values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
-    # a random symmetric matrix of Frobenius norm f has the spectral norm 2 f / sqrt(n)
-    error = max(products.eps * float(values.abs().max()), 2 * float(asymmetry))
+    values, error = eigenvalues(products, chunk)
     return ExactSpectrum(
         eigenvalues=values,
         error=error,
         trace=float(values.sum()),
-        density=_density(values, grid, products),
+        density=exact_density(values, grid, products),
         condition=_condition(values, error, tol, products.count),
-        num_matvecs=products.count,
-    )
-
-
-def _density(values: Tensor, grid: str | Tensor, products: Products) -> SpectralDensity:
-    points = evaluation_grid(grid, values, products.eps)
-    weights, none = torch.full_like(values, 1 / len(values)), torch.zeros_like(values)
-    density = smooth(points, values, weights, none)
-    return SpectralDensity(
-        nodes=values,
-        weights=weights,
-        probes=none.long(),
-        grid=points,
-        density=density,
-        cdf=cumulative(points, density),
-        std_error=torch.zeros_like(density),
-        first_moments=values.mean().reshape(1),
-        lambda_max=float(values[-1]),
-        lambda_min=float(values[0]),
         num_matvecs=products.count,
     )
 

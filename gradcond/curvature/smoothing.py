@@ -39,17 +39,17 @@ def evaluation_grid(grid: str | Tensor, nodes: Tensor, eps: float) -> Tensor:
     raise ValueError(f'grid must be "linear", "symlog", "log" or a tensor, got {grid!r}')
 
 
-def smooth(grid: Tensor, nodes: Tensor, weights: Tensor, uncertainty: Tensor) -> Tensor:
-    """Density on the grid (g,) of nodes (m,) ascending, each a Gaussian of mass equal to its weight."""
-    # as wide as the node is uncertain, no wider than the way to its nearer neighbour ...
-    gaps = nodes.diff()
-    wide = torch.full((1,), torch.inf, dtype=nodes.dtype)
+def smooth(grid: Tensor, nodes: Tensor, weights: Tensor, uncertainty: Tensor, reach: int = 1) -> Tensor:
+    """Density (..., g) on the grid (g,) of nodes (m,) ascending, each a Gaussian of mass its weight (..., m)."""
+    # as wide as the node is uncertain, no wider than the way to its nearer neighbour, the reach-th on a side ...
+    gaps = nodes[reach:] - nodes[:-reach]
+    wide = torch.full((min(reach, len(nodes)),), torch.inf, dtype=nodes.dtype)
     width = torch.minimum(uncertainty, torch.minimum(torch.cat([gaps, wide]), torch.cat([wide, gaps])))
-    # ... and no narrower than the grid can show
+    # ... and no narrower than 1.5 steps: on one, single eigenvalues of a dense bulk would show as ripples
     place = torch.searchsorted(grid, nodes).clamp(1, len(grid) - 1)
-    width = torch.maximum(width, grid[place] - grid[place - 1])
+    width = torch.maximum(width, 1.5 * (grid[place] - grid[place - 1]))
     kernel = (-0.5 * ((grid[:, None] - nodes) / width) ** 2).exp()
-    return kernel @ (weights / torch.trapezoid(kernel, grid, dim=0))
+    return (weights / torch.trapezoid(kernel, grid, dim=0)) @ kernel.mT
 
 
 def cumulative(grid: Tensor, density: Tensor) -> Tensor:

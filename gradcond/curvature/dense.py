@@ -1,0 +1,23 @@
+"""The eigenvalues of what is small enough to be written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradcond.curvature.operators import Products, written_out
+
+
+def eigenvalues(products: Products, chunk: int) -> tuple[Tensor, float]:
+    """All n of them, ascending, float64 on the CPU, and a bound on the error of each."""
+    if isinstance(products.A, Tensor):
+        dense = products.A
+    else:
+        dense = written_out(products, products.n, products.work_dtype, products.device, chunk)
+    dense = dense.to("cpu", torch.float64)
+    scale = dense.norm() / products.n**0.5
+    asymmetry = (dense - dense.mT).norm() / (2 * products.n) ** 0.5
+    products.check_symmetry(float(asymmetry), float(scale) or 1.0)
+    values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
+    # a random symmetric matrix of Frobenius norm f has the spectral norm 2 f / sqrt(n)
+    return values, max(products.eps * float(values.abs().max()), 2 * float(asymmetry))

@@ -1,0 +1,73 @@
+"""One set of Ritz values from several Krylov spaces, with weights that leave one of them out at a time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from scipy.linalg import block_diag, cholesky, eigh, solve_triangular
+from torch import Tensor
+
+from gradcond.curvature.lanczos import CHUNK, Lanczos
+
+
+def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ritz values (r,) ascending, the measure each run makes on them (k, r), and residuals |A y - theta y| (r,).
+
+    All bases together span a space of dimension r, whose Ritz vectors are y_a. Let W be the span of the other
+    bases, c its dimension, and w the part of this run's start vector outside W. Then W is known, and w is a
+    random sample of what is not: the eigenvalue measure tr f(A) = tr_W f(A) + tr_(not W) f(A) is n times
+
+        weight_a = (|W^T y_a|^2 + (n - c) <w, y_a>^2 / |w|^2) / n,
+
+    for a single run the squared first components that quadrature takes. This is the exchange of roles of
+    XTrace, for all functions f at once.
+
+    References:
+        E. N. Epperly, J. A. Tropp, R. J. Webber, XTrace: making the most of every sample in stochastic trace
+        estimation, 2024. What it becomes for densities is derived here.
+    """
+    n, sizes = runs[0].products.n, [run.size for run in runs]
+    ends, rank = np.cumsum(sizes), sum(sizes)
+    gram = _gram(runs)
+    G, QR, RR = gram[:rank, :rank], gram[:rank, rank:], gram[rank:, rank:]
+    last = np.eye(rank)[ends - 1]  # A Q = Q T + R last
+    T = block_diag(*[np.diag(run.alphas) + np.diag(run.betas, 1) + np.diag(run.betas, -1) for run in runs])
+    # an orthonormal basis Q C of the joint span; what several runs have found is in it once
+    cut = max(10 * runs[0].products.eps, 1e-8)  # of squared sines; the rounding of G, 1e-16, must stay far below
+    g, V = eigh(G)
+    C = V[:, g > cut] / np.sqrt(g[g > cut])
+    H = C.T @ (G @ T + QR @ last) @ C
+    nodes, S = eigh((H + H.T) / 2)
+    Y = C @ S
+    ends_of_y = last @ Y
+    outside = RR - QR.T @ C @ C.T @ QR
+    rounding = runs[0].products.eps * np.abs(nodes).max()
+    residuals = np.sqrt(np.maximum((ends_of_y * (outside @ ends_of_y)).sum(0), rounding**2))
+    # with M = G^-1, u = M Q^T y and the rows i of one run: |W^T y|^2 = y^T Q u - u_i^T M_ii^-1 u_i, and
+    # <w, y> is the first entry of M_ii^-1 u_i (block elimination)
+    inner = G @ Y
+    M = (V / (g + cut)) @ V.T
+    u = M @ inner
+    spanned = (inner * u).sum(0)
+    weights = []
+    for start, end in pairwise([0, *ends]):
+        root = cholesky(M[start:end, start:end], lower=True)
+        half = solve_triangular(root, u[start:end], lower=True)
+        known = np.maximum(spanned - (half**2).sum(0), 0)
+        sample = solve_triangular(root, half, lower=True, trans="T")[0] ** 2
+        weights.append((known + (n - known.sum()) * sample / sample.sum()) / n)
+    return torch.from_numpy(nodes), torch.from_numpy(np.stack(weights)), torch.from_numpy(residuals)
+
+
+def _gram(runs: list[Lanczos]) -> np.ndarray:
+    """Inner products of all basis vectors and, after them, all residuals."""
+    residuals = torch.stack([run.residual * (not run.invariant) for run in runs])
+    count = sum(run.size for run in runs) + len(runs)
+    gram = residuals.new_zeros(count, count)
+    width = max(1, CHUNK // count)
+    for i in range(0, residuals.shape[1], width):
+        part = torch.cat([*(run.basis[:, i : i + width].double() for run in runs), residuals[:, i : i + width]])
+        gram += part @ part.mT
+    return gram.cpu().numpy()

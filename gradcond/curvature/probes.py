@@ -1,0 +1,172 @@
+"""Linear and quadratic quantities of a matrix from random probes: deflation, samples, standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from gradcond.curvature.exchange import Exchange, exchange, in_blocks
+from gradcond.curvature.operators import Products, generator_from
+
+BLOCK = 8  # probes multiplied together: they share the forward passes
+STORE = 1 << 25  # numbers: vectors that fit in here may be kept
+LEAST = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}  # products a method needs for a standard error
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An unbiased estimate (of the square, for a norm); exact, with standard error zero, when num_matvecs >= n.
+
+    Example:
+        >>> from gradcond.curvature import trace
+        >>> trace(torch.eye(9), num_matvecs=3)  # every probe gives 9
+        Estimate(estimate=tensor(9., dtype=torch.float64), std_error=tensor(0., ...), num_matvecs=3, samples=3)
+    """
+
+    estimate: Tensor  # () for a trace or a norm, (n,) for a diagonal
+    std_error: Tensor  # of the same shape; nan after a single probe
+    num_matvecs: int
+    samples: int  # how many the standard error is taken over
+
+    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+        """The ends of Student's confidence interval, with samples - 1 degrees of freedom.
+
+        Example:
+            >>> low, high = Estimate(torch.tensor(9.0), torch.tensor(1.0), 3, samples=3).interval(0.9)
+            >>> print(f"{low:.2f} {high:.2f}")
+            6.08 11.92
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+        reach = float(stdtrit(max(self.samples - 1, 1), (1 + confidence) / 2)) * self.std_error
+        return self.estimate - reach, self.estimate + reach
+
+
+@dataclass(frozen=True)
+class Deflation:
+    """An orthonormal Q (n, c) and Z = A Q: what is known of A; Q is empty for plain probes."""
+
+    Q: Tensor
+    Z: Tensor
+
+    def outside(self, z: Tensor) -> Tensor:
+        """The parts of the columns of z outside the span of Q."""
+        return z - self.Q @ (self.Q.mT @ z)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A sum over the spectrum: the part that a deflation knows, and random samples of the rest."""
+
+    known: Callable[[Deflation], Tensor]
+    sample: Callable[[Tensor, Tensor, Deflation], Tensor]  # of probes (n, b) and their images: (b, ...)
+    exchanged: Callable[[Exchange], Tensor]  # (k, ...)
+    projected: bool = True  # whether the probes are taken outside the span of Q
+
+
+def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int, method: str | None) -> Estimate:
+    """The quantity and its standard error by a method of LEAST, or the best that fits when None."""
+    method = _method(products, num_matvecs, method)
+    if num_matvecs >= products.n:
+        return _exact(quantity, products)
+    generator = generator_from(seed)
+    if method == "xtrace":
+        omega = _signs(products, num_matvecs // 2, generator)
+        x = exchange(products, omega, BLOCK)
+        _check_symmetry(products, omega, x.Y)
+        samples = quantity.exchanged(x)
+        return Estimate(samples.mean(0), samples.std(0) / len(samples) ** 0.5, products.count, len(samples))
+    count = num_matvecs // 3 if method == "hutch++" else 0
+    known = _deflated(products, _signs(products, count, generator))
+    moments = Moments()
+    for start in range(0, num_matvecs - 2 * count, BLOCK):
+        z = _signs(products, min(BLOCK, num_matvecs - 2 * count - start), generator)
+        mass = torch.ones(())
+        if quantity.projected and count:
+            z = known.outside(z.double())
+            # as long as the rest of the space is wide
+            mass = (products.n - count) / z.square().sum(0)
+            z = z.to(products.work_dtype)
+        image = products(z).double()
+        if start == 0 and not count:
+            _check_symmetry(products, z, image)
+        samples = quantity.sample(z.double(), image, known)
+        moments.add(samples * mass.to(samples).reshape(-1, *[1] * (samples.ndim - 1)))
+    return Estimate(quantity.known(known) + moments.mean, moments.std_error, products.count, moments.count)
+
+
+def _method(products: Products, num_matvecs: int, method: str | None) -> str:
+    if num_matvecs < 1:
+        raise ValueError(f"num_matvecs must be at least 1, got {num_matvecs}")
+    if method is None:
+        small = num_matvecs < LEAST["hutch++"] or products.n * num_matvecs > STORE
+        return "hutchinson" if small else "hutch++"
+    if method not in LEAST:
+        raise ValueError(f"method must be one of {', '.join(LEAST)}, got {method!r}")
+    if num_matvecs < LEAST[method]:
+        raise ValueError(f"{method} needs at least {LEAST[method]} products, got {num_matvecs}; use hutchinson")
+    return method
+
+
+def _exact(quantity: Quantity, products: Products) -> Estimate:
+    """From the n unit vectors."""
+    n, total = products.n, torch.zeros((), dtype=torch.float64, device=products.device)
+    none = Deflation(*torch.zeros(2, n, 0, dtype=torch.float64, device=products.device))
+    for start in range(0, n, BLOCK):
+        units = torch.zeros(n, min(BLOCK, n - start), dtype=products.work_dtype, device=products.device)
+        units[start : start + BLOCK].fill_diagonal_(1)
+        image = products(units).double()
+        if start == 0:
+            _check_symmetry(products, units, image)
+        total = total + quantity.sample(units.double(), image, none).sum(0)
+    return Estimate(total, torch.zeros_like(total), products.count, n)
+
+
+def _deflated(products: Products, omega: Tensor) -> Deflation:
+    """Q spans A omega, where the largest eigenvalues are."""
+    if omega.shape[1] == 0:
+        return Deflation(omega.double(), omega.double())
+    Y = in_blocks(products, omega, BLOCK)
+    _check_symmetry(products, omega, Y)  # here, where A has not been deflated to rounding
+    Q = torch.linalg.qr(Y)[0]
+    return Deflation(Q, in_blocks(products, Q.to(products.work_dtype), BLOCK))
+
+
+class Moments:
+    """Running mean and sum of squared deviations, block by block (Chan, Golub, LeVeque)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, samples: Tensor) -> None:
+        """Take samples (b, ...)."""
+        size, center = len(samples), samples.mean(0)
+        shift, total = center - self.mean.to(center), self.count + size
+        self.squares = self.squares.to(center) + ((samples - center) ** 2).sum(0)
+        self.squares = self.squares + shift**2 * self.count * size / total
+        self.mean = self.mean.to(center) + shift * size / total
+        self.count = total
+
+    @property
+    def std_error(self) -> Tensor:
+        """Of the mean; nan for one sample."""
+        if self.count == 1:
+            return torch.full_like(self.mean, torch.nan)
+        return (self.squares / (self.count - 1) / self.count).sqrt()
+
+
+def _check_symmetry(products: Products, z: Tensor, image: Tensor) -> None:
+    if z.shape[1] > 1:
+        z, image = z[:, :2].double(), image[:, :2]
+        asymmetry = (z[:, 0] @ image[:, 1] - z[:, 1] @ image[:, 0]).abs() / (z[:, 0].norm() * z[:, 1].norm())
+        scale = (image.norm(dim=0) / z.norm(dim=0)).max()
+        products.check_symmetry(float(asymmetry), float(scale))
+
+
+def _signs(products: Products, count: int, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, (products.n, count), generator=generator, dtype=torch.int8) * 2 - 1
+    return signs.to(products.device, products.work_dtype)
