@@ -69,7 +69,7 @@ def by_column(product: Product) -> Product:
 
 
 def curvlinops_operator(kind: str, model: nn.Module, loss_fn: nn.Module, data: Batches) -> Any:
-    """curvlinops' linear operator, "Hessian", "GGN" or "EF"; it multiplies matrices, too."""
+    """Curvlinops' linear operator, "Hessian", "GGN" or "EF"; it multiplies matrices, too."""
     operator = getattr(load("curvlinops"), f"{kind}LinearOperator")
     return operator(model, loss_fn, trainable(model), data, check_deterministic=False)
 
@@ -109,7 +109,7 @@ def pyhessian_product(kind: str, model: nn.Module, loss_fn: Any, data: Batches) 
 
 
 def backpack_product(kind: str, model: nn.Module, loss_fn: Any, data: Batches) -> Product:
-    """backpack's products; batches are weighted by their sizes here, for it knows graphs, not data."""
+    """Backpack's products; batches are weighted by their sizes here, for it knows graphs, not data."""
     free = {"Hessian": "hvp", "GGN": "ggnvp"}
     module = load(f"backpack.hessianfree.{free[kind]}")
     rows = sum(len(y) for _, y in data)

@@ -143,7 +143,7 @@ def test_pyhessian_doubles_on_top_of_gradients_that_are_left():
 
 @pytest.mark.parametrize(("peer", "kind"), BOTH)
 def test_attention_raises_in_every_peer(peer, kind):
-    """torch's fused kernel has no second derivative and no forward mode; we run its math kernel."""
+    """Torch's fused kernel has no second derivative and no forward mode; we run its math kernel."""
     model, x, y = Attention(), torch.randn(6, 4, 4), classes(6)
     with pytest.raises((NotImplementedError, RuntimeError), match="flash_attention_for_cpu"):
         theirs(peer, kind, model, CROSS_ENTROPY, [(x, y)])
