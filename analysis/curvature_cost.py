@@ -23,7 +23,6 @@ twice. --out writes curvature_cost.json and curvature_cost.md.
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import tracemalloc
@@ -171,7 +170,6 @@ def peak(prepare: Callable[[], Run], repeat: int) -> int:
         for _ in range(repeat):
             run(0)
 
-    gc.collect()
     tracemalloc.start()
     action()
     of_numpy = tracemalloc.get_traced_memory()[1]

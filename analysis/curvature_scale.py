@@ -20,6 +20,7 @@ any files, read as bytes. --out writes curvature_scale.json, and .npz with all n
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import math
 import sys
@@ -127,27 +128,25 @@ class Text:
         return math.ceil(len(self.x) / self.batch)
 
 
-def highest_resident() -> int | None:
-    """The most bytes this process has held since `reset_resident`; None where Linux does not tell."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+def highest_resident() -> int:
+    """The most bytes this process has held since `reset_resident`, on Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def reset_resident() -> None:
-    """Start over from what is held now."""
+    """Start over from what is held now, what has been freed given back."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def rise(action: Callable[[], Any]) -> tuple[Any, int]:
     """What an action returns, and how far the resident size rose in it."""
     reset_resident()
-    before = highest_resident() or 0
+    before = highest_resident()
     result = action()
-    return result, (highest_resident() or 0) - before
+    return result, highest_resident() - before
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Any]:
@@ -174,6 +173,7 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
     v = torch.randn(n, generator=torch.Generator().manual_seed(0))
     first = next(iter(data))
     half = [tuple(part[: max(1, len(part) // 2)] for part in first)]
+    curvature.Hessian(model, LOSS, half) @ v  # what is made once, before anything is measured
     small = rise(lambda: curvature.Hessian(model, LOSS, half) @ v)[1]
     whole = rise(lambda: curvature.Hessian(model, LOSS, [first]) @ v)[1]
     gradient, activations = 4 * n, max(0, 2 * (whole - small))
