@@ -25,7 +25,6 @@ import gc
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -170,18 +169,18 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
     model, data = build(args)
     n = sum(p.numel() for p in model.parameters())
     print(f"{args.network}, {n:,} parameters, {len(data)} batches of {args.batch}", flush=True)
-    v = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    first = next(iter(data))
+    first, v = next(iter(data)), torch.randn(n, generator=torch.Generator().manual_seed(0))
     half = [tuple(part[: max(1, len(part) // 2)] for part in first)]
-    curvature.Hessian(model, LOSS, half) @ v  # what is made once, before anything is measured
-    small = rise(lambda: curvature.Hessian(model, LOSS, half) @ v)[1]
-    whole = rise(lambda: curvature.Hessian(model, LOSS, [first]) @ v)[1]
+
+    def multiply(batches: Any) -> Tensor:
+        return curvature.Hessian(model, LOSS, batches) @ v
+
+    multiply(half)  # what is made once, before anything is measured
+    small, whole = (rise(partial(multiply, batches))[1] for batches in (half, [first]))
     gradient, activations = 4 * n, max(0, 2 * (whole - small))
     start = time.perf_counter()
-    H = curvature.Hessian(model, LOSS, data)
-    H @ v
-    seconds = time.perf_counter() - start
-    steps = args.steps * args.probes
+    multiply(data)
+    seconds, steps = time.perf_counter() - start, args.steps * args.probes
     print(
         f"a product: {seconds:.1f} s; activations of a batch {activations / 2**20:.0f} MB, the rest of a product "
         f"{(whole - activations) / gradient:.1f} gradients; about {seconds * (EXPECTED + steps) / 60:.0f} minutes "
@@ -189,36 +188,45 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
         flush=True,
     )
     found: dict[str, Any] = {"parameters": n, "seconds_per_product": seconds, "activation_bytes": activations}
-    with tqdm(total=EXPECTED, desc="eigenpairs", mininterval=1) as bar, warnings.catch_warnings():
-        warnings.simplefilter("always")
-        pairs, held = rise(lambda: curvature.eigsh(H, EIGENPAIRS, "LA", tol=args.tol, progress=bar.update))
+    options: dict[str, Any] = {"max_vectors": args.vectors}
+
+    def top(progress: Callable[[int], Any]) -> curvature.Eigenpairs:
+        H = curvature.Hessian(model, LOSS, data)
+        return curvature.eigsh(H, EIGENPAIRS, "LA", tol=args.tol, progress=progress, **options)
+
+    def density(progress: Callable[[int], Any]) -> curvature.SpectralDensity:
+        H = curvature.Hessian(model, LOSS, data)
+        return curvature.spectral_density(H, args.steps, args.probes, grid="symlog", progress=progress)
+
+    with tqdm(total=EXPECTED, desc="eigenpairs", mininterval=1) as bar:
+        pairs, held = rise(partial(top, bar.update))
     found["eigenpairs"] = {
         "eigenvalues": pairs.eigenvalues.tolist(),
         "residuals": pairs.residuals.tolist(),
         "converged": pairs.converged.tolist(),
-        **_memory(pairs.num_matvecs, held, activations, gradient),
+        "products": pairs.num_matvecs,
+        **_memory(min(pairs.num_matvecs, args.vectors), held, activations, gradient),
     }
     del pairs
     with tqdm(total=steps, desc="density", mininterval=1) as bar:
-        density, held = rise(
-            lambda: curvature.spectral_density(H, args.steps, args.probes, grid="symlog", progress=bar.update)
-        )
+        spectrum, held = rise(partial(density, bar.update))
     found["density"] = {
-        "lambda_min": density.lambda_min,
-        "lambda_max": density.lambda_max,
-        "quantiles": {q: density.quantile(q) for q in (0.01, 0.1, 0.5, 0.9, 0.99)},
+        "lambda_min": spectrum.lambda_min,
+        "lambda_max": spectrum.lambda_max,
+        "quantiles": {q: spectrum.quantile(q) for q in (0.01, 0.1, 0.5, 0.9, 0.99)},
+        "products": spectrum.num_matvecs,
         **_memory(args.steps, held, activations, gradient),
     }
     if args.out is not None:
-        arrays = {key: getattr(density, key).numpy() for key in ("nodes", "weights", "grid", "density")}
+        arrays = {key: getattr(spectrum, key).numpy() for key in ("nodes", "weights", "grid", "density")}
         with replacing(args.out / "curvature_scale.npz") as file:
             np.savez(file, **arrays)
     return found
 
 
 def _memory(vectors: int, held: int, activations: int, gradient: int) -> dict[str, float]:
-    beyond = held - activations - vectors * gradient
-    return {"products": vectors, "held_bytes": held, "gradients_beyond_activations_and_basis": beyond / gradient}
+    beyond = (held - activations) / gradient - vectors
+    return {"held_bytes": held, "basis_vectors": vectors, "gradients_beyond_activations_and_basis": beyond}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -233,6 +241,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=2000, help="images or sequences (default: 2000)")
     parser.add_argument("--batch", type=int, default=50, help="of a pass (default: 50)")
     parser.add_argument("--tol", type=float, default=1e-3, help="of the eigenpairs (default: 1e-3)")
+    parser.add_argument("--vectors", type=int, default=30, help="of the basis of the eigenpairs (default: 30)")
     parser.add_argument("--steps", type=int, default=40, help="of a probe of the density (default: 40)")
     parser.add_argument("--probes", type=int, default=1, help="of the density (default: 1)")
     parser.add_argument("--out", type=Path, help="folder for curvature_scale.json and .npz")
