@@ -20,12 +20,9 @@ any files, read as bytes. --out writes curvature_scale.json, and .npz with all n
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from command import InputError, replacing, require_folder, write_json
+from curvature_data import Images, Text, rise
 from curvature_problems import large_gpt
 from step_models import resnet18
 from step_timing import interleaved
@@ -92,62 +90,6 @@ def _law(runs: Mapping[int, Callable[[], object]], args: argparse.Namespace) -> 
     return {"sizes": sizes.tolist(), "ms": ms.tolist(), "exponent": float(exponent)}
 
 
-class Images:
-    """Batches of CIFAR images, made floating-point one at a time."""
-
-    def __init__(self, path: Path, samples: int, batch: int) -> None:
-        with np.load(path) as file:
-            x, y = file["x_train"][:samples], file["y_train"][:samples]
-        self.x, self.y, self.batch = torch.from_numpy(x), torch.from_numpy(y).flatten().long(), batch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in zip(self.x.split(self.batch), self.y.split(self.batch), strict=True):
-            yield (x.permute(0, 3, 1, 2).float() / 255 - 0.47) / 0.25, y
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.x) / self.batch)
-
-
-class Text:
-    """Batches of byte sequences, and the bytes after them."""
-
-    def __init__(self, paths: Sequence[Path], samples: int, batch: int, tokens: int = 256) -> None:
-        text = torch.frombuffer(bytearray(b"".join(p.read_bytes() for p in paths)), dtype=torch.uint8)
-        rows = min(samples, (len(text) - 1) // tokens)
-        if rows == 0:
-            raise InputError(f"--text: expected at least {tokens + 1} bytes, got {len(text)}")
-        self.x, self.y = (text[i : i + rows * tokens].view(rows, tokens) for i in (0, 1))
-        self.batch = batch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, y in zip(self.x.split(self.batch), self.y.split(self.batch), strict=True):
-            yield x.long(), y.long().flatten()
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.x) / self.batch)
-
-
-def highest_resident() -> int:
-    """The most bytes this process has held since `reset_resident`, on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def reset_resident() -> None:
-    """Start over from what is held now, what has been freed given back."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def rise(action: Callable[[], Any]) -> tuple[Any, int]:
-    """What an action returns, and how far the resident size rose in it."""
-    reset_resident()
-    before = highest_resident()
-    result = action()
-    return result, highest_resident() - before
-
-
 def build(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     """The network in eval mode, and its data."""
     torch.manual_seed(0)
@@ -169,25 +111,8 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
     model, data = build(args)
     n = sum(p.numel() for p in model.parameters())
     print(f"{args.network}, {n:,} parameters, {len(data)} batches of {args.batch}", flush=True)
-    first, v = next(iter(data)), torch.randn(n, generator=torch.Generator().manual_seed(0))
-    half = [tuple(part[: max(1, len(part) // 2)] for part in first)]
-
-    def multiply(batches: Any) -> Tensor:
-        return curvature.Hessian(model, LOSS, batches) @ v
-
-    multiply(half)  # what is made once, before anything is measured
-    small, whole = (rise(partial(multiply, batches))[1] for batches in (half, [first]))
-    gradient, activations = 4 * n, max(0, 2 * (whole - small))
-    start = time.perf_counter()
-    multiply(data)
-    seconds, steps = time.perf_counter() - start, args.steps * args.probes
-    print(
-        f"a product: {seconds:.1f} s; activations of a batch {activations / 2**20:.0f} MB, the rest of a product "
-        f"{(whole - activations) / gradient:.1f} gradients; about {seconds * (EXPECTED + steps) / 60:.0f} minutes "
-        f"for {EXPECTED} and {steps} products",
-        flush=True,
-    )
-    found: dict[str, Any] = {"parameters": n, "seconds_per_product": seconds, "activation_bytes": activations}
+    found = {"parameters": n, **one_product(model, data, args)}
+    memory = partial(_memory, activations=found["activation_bytes"], gradient=4 * n)
     options: dict[str, Any] = {"max_vectors": args.vectors}
 
     def top(progress: Callable[[int], Any]) -> curvature.Eigenpairs:
@@ -200,23 +125,15 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
 
     with tqdm(total=EXPECTED, desc="eigenpairs", mininterval=1) as bar:
         pairs, held = rise(partial(top, bar.update))
-    found["eigenpairs"] = {
-        "eigenvalues": pairs.eigenvalues.tolist(),
-        "residuals": pairs.residuals.tolist(),
-        "converged": pairs.converged.tolist(),
-        "products": pairs.num_matvecs,
-        **_memory(min(pairs.num_matvecs, args.vectors), held, activations, gradient),
-    }
+    names = ("eigenvalues", "residuals", "converged")
+    found["eigenpairs"] = {name: getattr(pairs, name).tolist() for name in names}
+    found["eigenpairs"] |= {"products": pairs.num_matvecs, **memory(min(pairs.num_matvecs, args.vectors), held)}
     del pairs
-    with tqdm(total=steps, desc="density", mininterval=1) as bar:
+    with tqdm(total=args.steps * args.probes, desc="density", mininterval=1) as bar:
         spectrum, held = rise(partial(density, bar.update))
-    found["density"] = {
-        "lambda_min": spectrum.lambda_min,
-        "lambda_max": spectrum.lambda_max,
-        "quantiles": {q: spectrum.quantile(q) for q in (0.01, 0.1, 0.5, 0.9, 0.99)},
-        "products": spectrum.num_matvecs,
-        **_memory(args.steps, held, activations, gradient),
-    }
+    found["density"] = {name: getattr(spectrum, name) for name in ("lambda_min", "lambda_max")}
+    found["density"] |= {"quantiles": {q: spectrum.quantile(q) for q in (0.01, 0.1, 0.5, 0.9, 0.99)}}
+    found["density"] |= {"products": spectrum.num_matvecs, **memory(args.steps, held)}
     if args.out is not None:
         arrays = {key: getattr(spectrum, key).numpy() for key in ("nodes", "weights", "grid", "density")}
         with replacing(args.out / "curvature_scale.npz") as file:
@@ -224,7 +141,33 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _memory(vectors: int, held: int, activations: int, gradient: int) -> dict[str, float]:
+def one_product(model: nn.Module, data: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Its time, the activations of a batch, and what else it takes; prints how long the rest will last."""
+    n = sum(p.numel() for p in model.parameters())
+    v = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    first, half = (next(iter(batches)) for batches in (data, dataset(args, args.batch // 2)))
+
+    def multiply(batches: Any) -> Tensor:
+        return curvature.Hessian(model, LOSS, batches) @ v
+
+    multiply([half])  # what is made once, before anything is measured
+    small, whole = (rise(partial(multiply, batches))[1] for batches in ([half], [first]))
+    activations = max(0, 2 * (whole - small))
+    H = curvature.Hessian(model, LOSS, data)
+    H @ v  # the first one may look for the best way
+    start = time.perf_counter()
+    H @ v
+    seconds, steps = time.perf_counter() - start, args.steps * args.probes
+    rest = (whole - activations) / (4 * n)
+    print(
+        f"a product: {seconds:.1f} s; activations of a batch {activations / 2**20:.0f} MB, the rest of a product "
+        f"{rest:.1f} gradients; about {seconds * (EXPECTED + steps) / 60:.0f} minutes for {EXPECTED} and {steps}",
+        flush=True,
+    )
+    return {"seconds_per_product": seconds, "activation_bytes": activations, "gradients_of_product": rest}
+
+
+def _memory(vectors: int, held: int, *, activations: int, gradient: int) -> dict[str, float]:
     beyond = (held - activations) / gradient - vectors
     return {"held_bytes": held, "basis_vectors": vectors, "gradients_beyond_activations_and_basis": beyond}
 
@@ -246,8 +189,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--probes", type=int, default=1, help="of the density (default: 1)")
     parser.add_argument("--out", type=Path, help="folder for curvature_scale.json and .npz")
     args = parser.parse_args(argv)
-    if min(args.rounds, args.samples, args.batch, args.steps, args.probes) < 1:
-        parser.error("expected --rounds, --samples, --batch, --steps and --probes of at least 1")
+    if min(args.rounds, args.samples, args.steps, args.probes) < 1:
+        parser.error("expected --rounds, --samples, --steps and --probes of at least 1")
+    if args.batch < 2:
+        parser.error(f"expected --batch of at least 2, got {args.batch}: activations are told by half a batch")
     needed = {"resnet18": "images", "gpt": "text"}.get(args.network)
     if needed is not None and getattr(args, needed) is None:
         parser.error(f"--network {args.network} needs --{needed}")

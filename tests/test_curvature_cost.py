@@ -103,7 +103,9 @@ def test_growth_is_fitted_by_a_power_law(capsys):
     assert 0.8 < curvature_scale._law(sizes, Args())["exponent"] < 1.2
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--network", "resnet18"], ["--samples", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--rounds", "0"], ["--network", "resnet18"], ["--samples", "0"], ["--batch", "1"]]
+)
 def test_the_scale_command_refuses(arguments, capsys):
     import curvature_scale
 
@@ -114,7 +116,7 @@ def test_the_scale_command_refuses(arguments, capsys):
 
 def test_texts_and_images_are_batched(tmp_path):
     from command import InputError
-    from curvature_scale import Images, Text
+    from curvature_data import Images, Text
 
     (tmp_path / "text").write_bytes(bytes(range(100)))
     batches = list(Text([tmp_path / "text"], 10, 2, tokens=30))
