@@ -210,6 +210,20 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(found: dict[str, Any]) -> str:
+    """One row per table: what we take of the best peer."""
+    lines = [_row(["", "ms", "time", "95 %", "of", "memory", "of"])]
+    lines.append(_row(["---", *["---:"] * 3, "---", "---:", "---"]))
+    for title, rows in found["tables"].items():
+        r = rows[0]
+        if "time_ratio" in r:
+            low, high = r["time_interval"]
+            time = [f"{r['time_ratio']:.2f}", f"{low:.2f} to {high:.2f}", r["time_peer"]]
+            cells = [title, f"{r['ms']:.2f}", *time, f"{r['peak_ratio']:.2f}", r["peak_peer"]]
+            lines.append(_row(cells))
+    return "\n".join(lines)
+
+
 def _cells(r: dict[str, Any], curve: bool) -> list[str]:
     if "raises" in r:
         return [""] * (6 if curve else 5)
@@ -289,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(args.out / "curvature_cost.json", found)
             with replacing(args.out / "curvature_cost.md") as file:
                 file.write(f"{markdown(found)}\n".encode())
+    if peers:
+        print(summary(found))
     torch.set_num_threads(threads)
     return 0
 

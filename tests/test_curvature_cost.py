@@ -75,6 +75,8 @@ def test_a_peer_that_raises_or_is_wrong_is_told_and_not_compared_with(capsys):
     assert rows[0]["time_peer"] == rows[0]["peak_peer"] == "other" and rows[0]["peak_ratio"] == 1
     text = curvature_cost.markdown({"machine": {}, "tables": {"t": rows}})
     assert "| none |  |  |  |  |  | raises NotImplementedError: no such kernel |" in text
+    line = curvature_cost.summary({"tables": {"t": rows}}).splitlines()[-1]
+    assert line.startswith("| t | ") and line.endswith("| other | 1.00 | other |")
     with pytest.raises(NotImplementedError):  # our own failure is one
         curvature_cost.measure("t", {"gradcond": fails}, lambda run: {}, args)
 
