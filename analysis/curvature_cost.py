@@ -23,6 +23,7 @@ twice. --out writes curvature_cost.json and curvature_cost.md.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tracemalloc
@@ -292,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # the many collections between measurements look at what the measurements make
     peers = [name for name in curvature_peers.installed() if args.peers is None or name in args.peers]
     found: dict[str, Any] = {"machine": machine(peers, args, keep_freed_memory()), "tables": {}}
     for key in args.problem:
@@ -305,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file.write(f"{markdown(found)}\n".encode())
     if peers:
         print(summary(found))
+    gc.unfreeze()
     torch.set_num_threads(threads)
     return 0
 
