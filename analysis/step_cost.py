@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import step_timing
 import torch
 from command import InputError, replacing, require_folder, write_json
 from step_models import CASES, Case, transformer
 from step_timing import Step, compare, interleaved, keep_freed_memory, spread
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import gradcond
@@ -86,20 +86,19 @@ def training_step(case: Case, variant: str, args: argparse.Namespace) -> Callabl
 
 def peak_bytes(case: Case, variant: str, args: argparse.Namespace) -> int:
     """The most memory alive at once, from the network's birth to the end of its second step."""
-    gc.collect()
     if args.device.type == "cuda":
+        gc.collect()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step = training_step(case, variant, args)
         step(), step()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+
+    def two_steps() -> None:
         step = training_step(case, variant, args)
         step(), step()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return int(max(np.cumsum([e.nbytes() for e in events])))
+
+    return step_timing.peak_bytes(two_steps)
 
 
 def conduct(case: Case, variant: str, args: argparse.Namespace) -> dict[str, str]:

@@ -59,14 +59,14 @@ class Residual(nn.Module):
         return functional.relu(self.body(x) + self.shortcut(x))
 
 
-def resnet18(norm: Norm, bias: bool) -> nn.Module:
+def resnet18(norm: Norm, bias: bool, width: int = 64) -> nn.Module:
     """He, Zhang, Ren, Sun, https://arxiv.org/abs/1512.03385, with the 3 x 3 stem for 32 x 32 images."""
-    layers = [nn.Conv2d(3, 64, 3, 1, 1, bias=bias), norm(64), nn.ReLU()]
-    inputs = 64
-    for outputs, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+    layers = [nn.Conv2d(3, width, 3, 1, 1, bias=bias), norm(width), nn.ReLU()]
+    inputs = width
+    for outputs, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
         layers += [Residual(inputs, outputs, stride, norm, bias), Residual(outputs, outputs, 1, norm, bias)]
         inputs = outputs
-    return _block(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return _block(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
 
 
 class SelfAttention(nn.Module):

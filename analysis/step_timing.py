@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 Step = Callable[[], object]
@@ -44,6 +45,17 @@ def cuda_seconds(step: Step) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+def peak_bytes(action: Step) -> int:
+    """The most memory alive at once on the CPU of what an action allocates, by PyTorch's own records."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        action()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return int(max(np.cumsum([e.nbytes() for e in events]), default=0))
 
 
 @contextmanager
@@ -109,19 +121,20 @@ def compare(times: Mapping[str, np.ndarray], yardstick: str) -> dict[str, dict[s
     """
     found = {}
     for name, values in times.items():
-        entry: dict[str, Any] = {"ms": float(np.median(values)), "ms_quartiles": _quartiles(values)}
+        entry: dict[str, Any] = {"ms": float(np.median(values)), "ms_quartiles": quartiles(values)}
         if name != "plain":
             added, unit = values - times["plain"], times[yardstick] - times["plain"]
 
             def ratio(pick: Any, added: np.ndarray = added, unit: np.ndarray = unit) -> float:
                 return float(np.median(added[pick]) / np.median(unit[pick]))
 
-            entry["added_ms"], entry["added_quartiles"] = float(np.median(added)), _quartiles(added)
+            entry["added_ms"], entry["added_quartiles"] = float(np.median(added)), quartiles(added)
             entry["ratio"], entry["ratio_interval"] = ratio(slice(None)), spread(ratio, len(values))
         found[name] = entry
     return found
 
 
-def _quartiles(values: np.ndarray) -> tuple[float, float]:
+def quartiles(values: np.ndarray) -> tuple[float, float]:
+    """Between them lies the middle half."""
     low, high = np.quantile(values, [0.25, 0.75])
     return float(low), float(high)

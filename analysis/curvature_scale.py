@@ -1,0 +1,227 @@
+"""How the cost of curvature grows, and the spectrum of a network with ten million parameters.
+
+    python analysis/curvature_scale.py [--growth] [--rounds N] [--out DIR]
+    python analysis/curvature_scale.py --network resnet18 --images cifar10.npz --samples 2000 --out DIR
+    python analysis/curvature_scale.py --network gpt --text FILE... --samples 200 --out DIR
+
+Growth: processor time of a Hessian product against the number of parameters (perceptrons of growing width) and of
+batches, and of a density against its Lanczos steps; the exponent is that of a least-squares power law, 1 is linear.
+Without --growth the sizes are small, and end in seconds.
+
+Network: the five largest eigenvalues, each certified, and a density, with a progress bar; before them the time they
+will take is told. Memory is the rise of the highest resident size over what the program held with network and data
+loaded. A product is measured first on half a batch and on a whole one: what grows is the activations, what does not
+is told apart from them. What eigenpairs and density then take beyond activations and basis is given in gradients,
+vectors of as many numbers as there are parameters; 3 are the aim. The network is in eval mode as it is initialized,
+or as --checkpoint left it ({"model": state}); --images is an .npz with x_train (N, 32, 32, 3) and y_train, --text
+any files, read as bytes. --out writes curvature_scale.json, and .npz with all numbers of the density.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from command import InputError, replacing, require_folder, write_json
+from curvature_data import Images, Text, rise
+from curvature_problems import large_gpt
+from step_models import resnet18
+from step_timing import interleaved
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gradcond import curvature
+
+LOSS = nn.CrossEntropyLoss()
+EIGENPAIRS, EXPECTED = 5, 60  # pairs, and about the products that they take
+
+
+def perceptron(width: int) -> nn.Module:
+    """Four square layers and an output."""
+    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def hessian(width: int, batches: int, rows: int) -> curvature.Hessian:
+    """Of a perceptron on random data."""
+    torch.manual_seed(0)
+    data = [(torch.randn(rows, width), torch.randint(0, 10, (rows,))) for _ in range(batches)]
+    return curvature.Hessian(perceptron(width), LOSS, data)
+
+
+def growth(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Milliseconds against parameters, batches and steps, each with the exponent of its power law."""
+    large = args.growth
+    widths = (256, 362, 512, 724, 1024) if large else (64, 91, 128)
+    batches = (2, 4, 8, 16, 32) if large else (2, 4, 8)
+    steps = (20, 40, 80, 160) if large else (5, 10, 20)
+    found, width = {}, 256 if large else 64
+
+    def product(H: curvature.Hessian) -> Callable[[], Tensor]:
+        v = torch.ones(H.shape[0])
+        return lambda: H @ v
+
+    by_width = {H.shape[0]: product(H) for H in (hessian(size, 2, 128) for size in widths)}
+    found["parameters"] = _law(by_width, args)
+    found["batches"] = _law({number: product(hessian(width, number, 128)) for number in batches}, args)
+    H = hessian(width, 2, 128)
+    runs = {number: partial(curvature.spectral_density, H, number, 1) for number in steps}
+    found["steps"] = _law(runs, args)
+    return found
+
+
+def _law(runs: Mapping[int, Callable[[], object]], args: argparse.Namespace) -> dict[str, Any]:
+    times = interleaved(
+        {str(size): run for size, run in runs.items()},
+        rounds=args.rounds,
+        warm_up=2,
+        device=torch.device("cpu"),
+        title=", ".join(map(str, runs)),
+    )
+    sizes, ms = np.array(list(runs)), np.array([np.median(values) for values in times.values()])
+    exponent, _ = np.polyfit(np.log(sizes), np.log(ms), 1)
+    return {"sizes": sizes.tolist(), "ms": ms.tolist(), "exponent": float(exponent)}
+
+
+def build(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """The network in eval mode, and its data."""
+    torch.manual_seed(0)
+    model = resnet18(nn.BatchNorm2d, False) if args.network == "resnet18" else large_gpt()
+    if args.checkpoint is not None:
+        model.load_state_dict(torch.load(args.checkpoint, weights_only=True)["model"])
+    return model.eval(), dataset(args, args.batch)
+
+
+def dataset(args: argparse.Namespace, batch: int) -> Any:
+    """The batches that were asked for."""
+    if args.network == "resnet18":
+        return Images(args.images, args.samples, batch)
+    return Text(args.text, args.samples, batch)
+
+
+def network(args: argparse.Namespace) -> dict[str, Any]:
+    """Eigenpairs and density of a large network, with their time and memory."""
+    model, data = build(args)
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{args.network}, {n:,} parameters, {len(data)} batches of {args.batch}", flush=True)
+    found = {"parameters": n, **one_product(model, data, args)}
+    memory = partial(_memory, activations=found["activation_bytes"], gradient=4 * n)
+    options: dict[str, Any] = {"max_vectors": args.vectors}
+
+    def top(progress: Callable[[int], Any]) -> curvature.Eigenpairs:
+        H = curvature.Hessian(model, LOSS, data)
+        return curvature.eigsh(H, EIGENPAIRS, "LA", tol=args.tol, progress=progress, **options)
+
+    def density(progress: Callable[[int], Any]) -> curvature.SpectralDensity:
+        H = curvature.Hessian(model, LOSS, data)
+        return curvature.spectral_density(H, args.steps, args.probes, grid="symlog", progress=progress)
+
+    with tqdm(total=EXPECTED, desc="eigenpairs", mininterval=1) as bar:
+        pairs, held = rise(partial(top, bar.update))
+    names = ("eigenvalues", "residuals", "converged")
+    found["eigenpairs"] = {name: getattr(pairs, name).tolist() for name in names}
+    found["eigenpairs"] |= {"products": pairs.num_matvecs, **memory(min(pairs.num_matvecs, args.vectors), held)}
+    del pairs
+    with tqdm(total=args.steps * args.probes, desc="density", mininterval=1) as bar:
+        spectrum, held = rise(partial(density, bar.update))
+    found["density"] = {name: getattr(spectrum, name) for name in ("lambda_min", "lambda_max")}
+    found["density"] |= {"quantiles": {q: spectrum.quantile(q) for q in (0.01, 0.1, 0.5, 0.9, 0.99)}}
+    found["density"] |= {"products": spectrum.num_matvecs, **memory(args.steps, held)}
+    if args.out is not None:
+        arrays = {key: getattr(spectrum, key).numpy() for key in ("nodes", "weights", "grid", "density")}
+        with replacing(args.out / "curvature_scale.npz") as file:
+            np.savez(file, **arrays)
+    return found
+
+
+def one_product(model: nn.Module, data: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Its time, the activations of a batch, and what else it takes; prints how long the rest will last."""
+    n = sum(p.numel() for p in model.parameters())
+    v = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    first, half = (next(iter(batches)) for batches in (data, dataset(args, args.batch // 2)))
+
+    def multiply(batches: Any) -> Tensor:
+        return curvature.Hessian(model, LOSS, batches) @ v
+
+    multiply([half])  # what is made once, before anything is measured
+    small, whole = (rise(partial(multiply, batches))[1] for batches in ([half], [first]))
+    activations = max(0, 2 * (whole - small))
+    H = curvature.Hessian(model, LOSS, data)
+    H @ v  # the first one may look for the best way
+    start = time.perf_counter()
+    H @ v
+    seconds, steps = time.perf_counter() - start, args.steps * args.probes
+    rest = (whole - activations) / (4 * n)
+    print(
+        f"a product: {seconds:.1f} s; activations of a batch {activations / 2**20:.0f} MB, the rest of a product "
+        f"{rest:.1f} gradients; about {seconds * (EXPECTED + steps) / 60:.0f} minutes for {EXPECTED} and {steps}",
+        flush=True,
+    )
+    return {"seconds_per_product": seconds, "activation_bytes": activations, "gradients_of_product": rest}
+
+
+def _memory(vectors: int, held: int, *, activations: int, gradient: int) -> dict[str, float]:
+    beyond = (held - activations) / gradient - vectors
+    return {"held_bytes": held, "basis_vectors": vectors, "gradients_beyond_activations_and_basis": beyond}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; bad values end the program with usage and status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--growth", action="store_true", help="the full sizes of the three sweeps")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the sweeps (default: 3)")
+    parser.add_argument("--network", choices=("resnet18", "gpt"), help="instead of the sweeps")
+    parser.add_argument("--images", type=Path, help="of --network resnet18, an .npz")
+    parser.add_argument("--text", type=Path, nargs="+", help="of --network gpt, files")
+    parser.add_argument("--checkpoint", type=Path, help='a file of torch.save({"model": state_dict})')
+    parser.add_argument("--samples", type=int, default=2000, help="images or sequences (default: 2000)")
+    parser.add_argument("--batch", type=int, default=50, help="of a pass (default: 50)")
+    parser.add_argument("--tol", type=float, default=1e-3, help="of the eigenpairs (default: 1e-3)")
+    parser.add_argument("--vectors", type=int, default=30, help="of the basis of the eigenpairs (default: 30)")
+    parser.add_argument("--steps", type=int, default=40, help="of a probe of the density (default: 40)")
+    parser.add_argument("--probes", type=int, default=1, help="of the density (default: 1)")
+    parser.add_argument("--out", type=Path, help="folder for curvature_scale.json and .npz")
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.samples, args.steps, args.probes) < 1:
+        parser.error("expected --rounds, --samples, --steps and --probes of at least 1")
+    if args.batch < 2:
+        parser.error(f"expected --batch of at least 2, got {args.batch}: activations are told by half a batch")
+    needed = {"resnet18": "images", "gpt": "text"}.get(args.network)
+    if needed is not None and getattr(args, needed) is None:
+        parser.error(f"--network {args.network} needs --{needed}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after telling what is wrong with the input."""
+    args = parse(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if args.out is not None:
+            require_folder(args.out)
+        for path in (args.images, args.checkpoint, *(args.text or ())):
+            if path is not None and not path.is_file():
+                raise InputError(f"expected a file, got {path}")
+        found: dict[str, Any] = network(args) if args.network else growth(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(threads)
+    for key, value in found.items():
+        print(f"{key}: {value}")
+    if args.out is not None:
+        write_json(args.out / "curvature_scale.json", found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The costs of curvature: the references are right, the tables say what was found, the laws are fitted."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "analysis"))
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("key", ["tiny", "gpt"])
+@pytest.mark.parametrize("kind", ["Hessian", "GGN"])
+def test_references_are_double_precision_products(kind, key):
+    from curvature_problems import PROBLEMS, reference
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from gradcond import curvature
+
+    model, data = PROBLEMS[key].model(), PROBLEMS[key].data(2)
+    v = torch.randn(sum(p.numel() for p in model.parameters()), dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = reference(kind, model, data)(v).detach()
+    data = [(x.double() if x.is_floating_point() else x, y) for x, y in data]
+    found = getattr(curvature, kind)(model.double(), torch.nn.CrossEntropyLoss(), data) @ v
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_known_spectrum_has_a_bulk_and_two_outliers():
+    from curvature_problems import known_spectrum
+
+    A, values = known_spectrum()
+    torch.testing.assert_close(values.sum(), A.trace())
+    assert values[-1] > 20 > 10 < values[-2] and values[-3] < 3
+    assert (values.abs() < 1e-12).sum() == 398  # rank 400 and two outliers
+
+
+def test_the_command_writes_its_tables_without_any_peer(tmp_path, capsys):
+    import curvature_cost
+
+    threads = torch.get_num_threads()
+    assert curvature_cost.main(["--peers", "--rounds", "1", "--seeds", "1", "--out", str(tmp_path)]) == 0
+    assert torch.get_num_threads() == threads
+    text = capsys.readouterr().out
+    assert (tmp_path / "curvature_cost.md").read_text() == text
+    assert "missing: curvlinops, hessian-eigenthings, PyHessian, backpack" in text
+    tables = json.loads((tmp_path / "curvature_cost.json").read_text())["tables"]
+    assert len(tables) == 8
+    for title, rows in tables.items():
+        assert {row["name"].split()[0] for row in rows} == {"gradcond"}
+        allowed = 0.5 if "trace" in title else 1e-5
+        assert all(row["error"] < allowed and row["ms"] > 0 and row["peak_bytes"] > 0 for row in rows), title
+
+
+def test_a_peer_that_raises_or_is_wrong_is_told_and_not_compared_with(capsys):
+    import curvature_cost
+    from curvature_contestants import Outcome
+
+    def fails():
+        raise NotImplementedError("no such kernel\nat all")
+
+    def answers(value):
+        return lambda: lambda seed: Outcome(torch.full((1000,), value).sum() / 1000, 1)
+
+    args = curvature_cost.parse(["--rounds", "2"])
+    entries = {"gradcond": answers(1.0), "other": answers(1.0), "wrong": answers(2.0), "none": fails}
+    rows = curvature_cost.measure("t", entries, lambda run: {"error": float(run(0).answer - 1)}, args)
+    assert rows[0]["time_peer"] == rows[0]["peak_peer"] == "other" and rows[0]["peak_ratio"] == 1
+    text = curvature_cost.markdown({"machine": {}, "tables": {"t": rows}})
+    assert "| none |  |  |  |  |  | raises NotImplementedError: no such kernel |" in text
+    line = curvature_cost.summary({"tables": {"t": rows}}).splitlines()[-1]
+    assert line.startswith("| t | ") and line.endswith("| other | 1.00 | other |")
+    with pytest.raises(NotImplementedError):  # our own failure is one
+        curvature_cost.measure("t", {"gradcond": fails}, lambda run: {}, args)
+
+
+def test_peak_counts_arrays_of_numpy_too():
+    from curvature_contestants import Outcome
+    from curvature_cost import peak
+
+    def prepare():
+        return lambda seed: Outcome((np.ones(2**20), torch.ones(2**20)), 1)
+
+    assert 12 * 2**20 <= peak(prepare, 1) < 13 * 2**20
+
+
+def test_growth_is_fitted_by_a_power_law(capsys):
+    import curvature_scale
+
+    assert curvature_scale.main(["--rounds", "1"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{sweep}: {{'sizes'" in text for sweep in ("parameters", "batches", "steps"))
+
+    class Args:
+        rounds = 3
+
+    sizes = {2**i: (lambda i=i: sum(range(40_000 * 2**i))) for i in range(4)}
+    assert 0.8 < curvature_scale._law(sizes, Args())["exponent"] < 1.2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--rounds", "0"], ["--network", "resnet18"], ["--samples", "0"], ["--batch", "1"]]
+)
+def test_the_scale_command_refuses(arguments, capsys):
+    import curvature_scale
+
+    with pytest.raises(SystemExit):
+        curvature_scale.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_texts_and_images_are_batched(tmp_path):
+    from command import InputError
+    from curvature_data import Images, Text
+
+    (tmp_path / "text").write_bytes(bytes(range(100)))
+    batches = list(Text([tmp_path / "text"], 10, 2, tokens=30))
+    assert [len(x) for x, _ in batches] == [2, 1]
+    x, y = batches[0]
+    assert (y.view_as(x) == x + 1).all()
+    with pytest.raises(InputError, match="at least 101 bytes, got 100"):
+        Text([tmp_path / "text"], 10, 2, tokens=100)
+    np.savez(tmp_path / "i.npz", x_train=np.zeros((5, 32, 32, 3), np.uint8), y_train=np.zeros((5, 1), np.uint8))
+    images = Images(tmp_path / "i.npz", 4, 3)
+    assert len(images) == 2 and [tuple(x.shape) for x, _ in images] == [(3, 3, 32, 32), (1, 3, 32, 32)]
