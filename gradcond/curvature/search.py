@@ -95,6 +95,7 @@ class Search:
         self.space.forget(residuals[kept].max())
         self.space.add_random(self.block)
         self.look = Look(len(kept), len(self.space.pending), values[kept[: self.k]])
+        self.due = self.space.size + 1
 
     def _chance(self, points: list[float]) -> float:
         assert self.look is not None
