@@ -15,8 +15,8 @@ from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
 from gradcond.curvature.preflight import Preflight, preflight
 from gradcond.curvature.probes import Estimate
-from gradcond.curvature.spectrum import SpectralDensity, spectral_density
-from gradcond.curvature.trace import Estimate, diagonal, frobenius_norm, trace
+from gradcond.curvature.spectrum import spectral_density
+from gradcond.curvature.trace import diagonal, frobenius_norm, trace
 from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize
 
 __all__ = [

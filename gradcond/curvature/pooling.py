@@ -9,7 +9,8 @@ import torch
 from scipy.linalg import block_diag, cholesky, eigh, solve_triangular
 from torch import Tensor
 
-from gradcond.curvature.lanczos import CHUNK, Lanczos
+from gradcond.curvature.basis import CHUNK
+from gradcond.curvature.lanczos import Lanczos
 
 
 def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,9 +66,9 @@ def _gram(runs: list[Lanczos]) -> np.ndarray:
     """Inner products of all basis vectors and, after them, all residuals."""
     residuals = torch.stack([run.residual * (not run.invariant) for run in runs])
     count = sum(run.size for run in runs) + len(runs)
-    gram = residuals.new_zeros(count, count)
+    gram, bases = residuals.new_zeros(count, count), [run.basis for run in runs]
     width = max(1, CHUNK // count)
     for i in range(0, residuals.shape[1], width):
-        part = torch.cat([*(run.basis[:, i : i + width].double() for run in runs), residuals[:, i : i + width]])
+        part = torch.cat([*(rows[:, i : i + width].double() for rows in bases), residuals[:, i : i + width]])
         gram += part @ part.mT
     return gram.cpu().numpy()
