@@ -1,4 +1,4 @@
-"""Curvature on several gloo processes equals one process; the scenarios are in curvature_processes.py."""
+"""Curvature on several gloo processes equals one process; the scenarios are in distributed_curvature.py."""
 
 import pathlib
 import pickle
@@ -14,7 +14,7 @@ HERE = pathlib.Path(__file__).parent
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_many_processes_equal_one(processes):
-    output = launch(processes, HERE / "curvature_processes.py")
+    output = launch(processes, HERE / "distributed_curvature.py")
     assert f"all scenarios passed on {processes} processes" in output
 
 
