@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_folder(args.out)
         report = analyse(args)
-    except ValueError as error:  # ours, and those of gradcond.curvature
+    except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
         print(f"error: {error}", file=sys.stderr)
         return 2
     path = args.out / "condition.json"

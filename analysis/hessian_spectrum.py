@@ -16,9 +16,11 @@ spectrum.npz    "INDEX/VARIANT/NAME", where NAME is one of eigenvalues (ascendin
 spectrum.png    drawn from these two files alone.
 trajectory.png  of two checkpoints or more: how the ends and the condition number move, in the order given.
 
-The searches for extreme eigenvalues start from those of the checkpoint before, so give checkpoints in the order
-of training. A run that was interrupted or killed goes on when the same command is given again, with the same
-outcome: what it has measured waits in DIR/unfinished until all is written.
+Before the first estimate of a checkpoint, five products show whether its matrix is repeatable and symmetric, and
+what the noise, a product and the basis will be. The searches for extreme eigenvalues start from those of the
+checkpoint before, so give checkpoints in the order of training. A run that was interrupted or killed goes on when
+the same command is given again, with the same outcome: what it has measured waits in DIR/unfinished until all is
+written.
 """
 
 from __future__ import annotations
@@ -139,6 +141,8 @@ def analyse_one(
         hessian.check_deterministic()
         return hessian.to_dense(progress=report)
 
+    if hessian.shape[0] > args.exact_below:
+        tqdm.write(f"{checkpoint.path}: {curvature.preflight(hessian, args.kappa_matvecs)}", file=sys.stderr)
     factors = {"plain": None} if preconditioner is None else {"plain": None, "preconditioned": preconditioner}
     for variant, factor in factors.items():
         keep = functools.partial(unfinished, variant)
@@ -171,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_folder(args.out)
         report, arrays = read(args.out) if args.redraw else analyse(args)
-    except ValueError as error:  # ours, and those of gradcond.curvature
+    except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ dist = torch.distributed
 OPERATORS = {
     "hessian": curvature.Hessian,
     "ggn": curvature.GGN,
+    "empirical": curvature.EmpiricalFisher,
 }
 
 

@@ -185,6 +185,7 @@ def test_by_subprocess_with_a_progress_bar(folder):
     )
     assert done.returncode == 0, done.stderr
     assert "product" in done.stderr and "100%" in done.stderr
+    assert "step9.pt: repeatable to" in done.stderr and "200 products of" in done.stderr
     report, arrays = results(folder)
     counts = [report["checkpoints"][0][variant]["num_matvecs"] for variant in ("plain", "preconditioned")]
     assert f"{sum(counts)}/{sum(counts)}" in done.stderr  # the bar counts products
