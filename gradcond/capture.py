@@ -88,6 +88,8 @@ class InputCapture(_Hook):
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
             return  # function transforms leave no gradient
+        if not compiling and not isinstance(weight, nn.Parameter):
+            return  # torch.func.functional_call: the gradient is that of another tensor
         moments = self.observer.moments(self.layer, args, kwargs, output)
         if moments is None:
             return

@@ -401,7 +401,9 @@ def test_a_shared_module_sees_all_its_calls():
     assert state["rows"] == 12
 
 
-@pytest.mark.parametrize("what", ["gradient of the input", "Hessian", "gradient returned"])
+@pytest.mark.parametrize(
+    "what", ["gradient of the input", "Hessian", "Hessian forward", "gradient returned", "functional call"]
+)
 def test_derivatives_that_leave_no_gradient_do_not_count(what):
     from gradcond.curvature import Hessian
 
@@ -414,8 +416,12 @@ def test_derivatives_that_leave_no_gradient_do_not_count(what):
             torch.autograd.grad((model(y) ** 3).mean(), y)
         elif what == "gradient returned":
             torch.autograd.grad((model(y) ** 3).mean(), list(model.parameters()))
+        elif what == "functional call":
+            others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+            (torch.func.functional_call(model, others, y) ** 3).mean().backward()
         else:
-            H = Hessian(model, nn.MSELoss(), [(y.detach(), torch.zeros(6, 4))])
+            method = "forward_over_reverse" if what == "Hessian forward" else "double_backward"
+            H = Hessian(model, nn.MSELoss(), [(y.detach(), torch.zeros(6, 4))], method=method)
             H @ torch.ones(H.shape[0])
 
     elsewhere()
