@@ -3,25 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from known_spectra import Hidden, matrix
 from torch.testing import assert_close
 
-from gradcond.curvature import Operator, condition_number
-
-
-def matrix(eigenvalues, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator))[0]
-    A = (Q * eigenvalues) @ Q.mT
-    return (A + A.mT) / 2
-
-
-class Hidden(Operator):
-    def __init__(self, A):
-        super().__init__(len(A), A.dtype, A.device)
-        self.A = A
-
-    def _columns(self, V):
-        return self.A.to(V.dtype) @ V
+from gradcond.curvature import condition_number
 
 
 def random_spectrum(g):

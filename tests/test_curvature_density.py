@@ -3,20 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from known_spectra import Hidden, matrix
 from scipy.stats import wasserstein_distance
 from torch.testing import assert_close
 
-from gradcond.curvature import Operator, exact_spectrum, spectral_density, trace, tridiagonalize
+from gradcond.curvature import exact_spectrum, spectral_density, trace, tridiagonalize
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from
 from gradcond.curvature.pooling import pooled
-
-
-def matrix(eigenvalues, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator))[0]
-    A = (Q * eigenvalues) @ Q.mT
-    return (A + A.mT) / 2
 
 
 def bulk_with_outliers(seed):
@@ -31,17 +25,6 @@ def bulk_with_outliers(seed):
 def distance(d, eigenvalues):
     width = float(eigenvalues.max() - eigenvalues.min())
     return wasserstein_distance(eigenvalues, d.nodes, None, d.weights) / width
-
-
-class Hidden(Operator):
-    """A matrix that shows its products alone."""
-
-    def __init__(self, A):
-        super().__init__(len(A), A.dtype, A.device)
-        self.A = A
-
-    def _columns(self, V):
-        return self.A.to(V.dtype) @ V
 
 
 def spectra(n):

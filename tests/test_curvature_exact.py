@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from known_spectra import Hidden
 from torch.testing import assert_close
 
-from gradcond.curvature import Operator, condition_number, exact_spectrum, spectral_density, trace
+from gradcond.curvature import condition_number, exact_spectrum, spectral_density, trace
 
 
 def matrix(eigenvalues, seed=0):
@@ -14,17 +15,6 @@ def matrix(eigenvalues, seed=0):
     q, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     a = (q * eigenvalues) @ q.mT
     return (a + a.mT) / 2
-
-
-class Hidden(Operator):
-    """A matrix that shows its products alone."""
-
-    def __init__(self, a):
-        super().__init__(len(a), a.dtype, a.device)
-        self.a = a
-
-    def _columns(self, V):
-        return self.a @ V
 
 
 SPECTRA = {

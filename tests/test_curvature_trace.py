@@ -2,28 +2,12 @@
 
 import pytest
 import torch
+from known_spectra import Hidden, matrix
 from torch.testing import assert_close
 
-from gradcond.curvature import Estimate, Operator, diagonal, frobenius_norm, trace
+from gradcond.curvature import Estimate, diagonal, frobenius_norm, trace
 from gradcond.curvature.exchange import exchange
 from gradcond.curvature.operators import Products
-
-
-def matrix(eigenvalues, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    Q = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), generator=generator))[0]
-    A = (Q * eigenvalues) @ Q.mT
-    return (A + A.mT) / 2
-
-
-class Hidden(Operator):
-    def __init__(self, A):
-        super().__init__(len(A), A.dtype, A.device)
-        self.A = A
-
-    def _columns(self, V):
-        return self.A.to(V.dtype) @ V
-
 
 QUANTITIES = {
     "trace": (trace, lambda A: A.trace()),
