@@ -113,6 +113,15 @@ def in_place(model, x, y, loss):
     model[0].weight.mul_(1.5)
 
 
+def new_storage(model, x, y, loss):
+    model[3].weight.data = 1.5 * model[3].weight.data
+
+
+@torch.no_grad()
+def two_swapped(model, x, y, loss):
+    model[3].weight.data.copy_(model[3].weight.data.flip(1))  # the same numbers in other places
+
+
 def a_buffer(model, x, y, loss):
     model[1].running_var.fill_(4.0)
 
@@ -148,8 +157,8 @@ def a_hook(model, x, y, loss):
 CHANGES = {
     function.__name__: function
     for function in (
-        *(replace_weight, load, to_train, through_data, in_place, a_buffer, a_setting, the_input, the_target),
-        *(the_loss, the_class_weights, a_module, a_hook),
+        *(replace_weight, load, to_train, through_data, in_place, new_storage, two_swapped, a_buffer, a_setting),
+        *(the_input, the_target, the_loss, the_class_weights, a_module, a_hook),
     )
 }
 
@@ -173,6 +182,26 @@ def test_a_kept_graph_is_never_stale(name, kind):
     assert H._kept is not kept
     if kind is Hessian:  # the others do not depend on everything
         assert (after - before).norm() > 1e-4 * before.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_is_kept_where_only_objects_change(kind):
+    model, x, y = problem()
+    data = [(x, y)]
+    H = kind(model, nn.CrossEntropyLoss(), data, method="double_backward")
+    v = torch.ones(H.shape[0])
+    product, kept = H @ v, H._kept
+    model[1].eps, data[0] = float("1e-5"), (x.clone(), y.clone())
+    for _ in range(2):
+        assert torch.equal(H @ v, product) and H._kept is kept
+    x.numpy()[:] = 0  # of which the graph still is
+    assert torch.equal(H @ v, product)
+    model.load_state_dict(model.state_dict())  # the same numbers, but autograd takes them for others
+    assert torch.equal(H @ v, product)
+    kept = H._kept
+    kept, data[0] = H._kept, (torch.ones_like(x), y)
+    torch.testing.assert_close(H @ v, kind(model, nn.CrossEntropyLoss(), data) @ v, rtol=0, atol=1e-13)
+    assert H._kept is not kept
 
 
 SCALE = torch.ones(())
@@ -199,14 +228,19 @@ def test_what_a_loss_closes_over_and_names_is_watched():
     held.factor, attribute.temperature = 1.0, 1.0
     own = ModelLoss(lambda model, batch: attribute.temperature * F.cross_entropy(model(batch[0]), batch[1]))
     partial = functools.partial(lambda o, t, settings: settings[0] * F.cross_entropy(o, t), settings=[1.0])
-    for loss in (closed, scaled, held, own, partial):
+    array, objects = np.ones(1), np.array([1.0, None])
+    of_array = functools.partial(lambda o, t, a: float(a[0]) * F.cross_entropy(o, t), a=array)
+    of_objects = functools.partial(lambda o, t, a: a[0] * F.cross_entropy(o, t), a=objects)
+    for loss in (closed, scaled, held, own, partial, of_array, of_objects):
         H = Hessian(model, loss, [(x, y)], method="double_backward")
         v = torch.ones(H.shape[0])
         once = H @ v
         factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 2.0
+        array[0] = objects[0] = 2.0
         SCALE.fill_(2.0)
         torch.testing.assert_close(H @ v, 2 * once)
         factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 1.0
+        array[0] = objects[0] = 1.0
         SCALE.fill_(1.0)
 
 
