@@ -453,6 +453,46 @@ def test_nothing_is_left_changed(kind, method, where, error):
     assert H._kept is None
 
 
+class DrawsInBackward(torch.autograd.Function):
+    """The second backward pass draws, as a layer that is computed again there does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return DrawsInSecond.apply(g)
+
+
+class DrawsInSecond(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g):
+        return g.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (random.random() + np.random.randn() + torch.rand(()))
+
+
+def test_a_kept_graph_that_draws_repeats_itself():
+    class Draw(nn.Module):
+        def forward(self, x):
+            return DrawsInBackward.apply(x)
+
+    _, x, y = problem()
+    model = nn.Sequential(nn.Linear(4, 4), Draw(), nn.Tanh(), nn.Linear(4, 3))
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    v = torch.ones(H.shape[0])
+    np.random.randn()  # leaves a second number waiting
+    before = random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+    product, kept = H @ v, H._kept
+    for _ in range(4):
+        assert torch.equal(H @ v, product) and H._kept is kept
+    after = random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+    assert after == before
+
+
 def test_an_interrupted_product_with_a_kept_graph_leaves_it_right(monkeypatch):
     model, x, y = problem()
     H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")

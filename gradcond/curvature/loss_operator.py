@@ -52,7 +52,7 @@ class Evaluation:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kept:
     """A product with its graph, and all that it depends on."""
 
@@ -60,6 +60,7 @@ class Kept:
     product: Product
     share: Share | None
     parameters: Sequence[Tensor]
+    only_torch: bool = False  # whether a product has shown to draw nothing from other generators than torch's
 
     @functools.cached_property
     def divisor(self) -> Any:
@@ -243,8 +244,10 @@ class LossOperator(Operator):
         if kept is None or not self._is_alone or not kept.snapshot.holds(*self._things(self.data)):
             return self._mean(lambda evaluation, total: self._push(self._product(evaluation), V, total), rows).mT
         total = torch.zeros(rows, dtype=V.dtype, device=V.device)
-        with left_as_found(self.model, self.data, self._seed):  # a backward pass may draw, too
+        with left_as_found(self.model, self.data, self._seed, kept.only_torch):  # a backward pass may draw, too
+            before = None if kept.only_torch else Draws()
             self._push(kept.product, V, total, kept.parameters)
+            kept.only_torch = before is None or before.only_torch_since()
         return total.div_(kept.divisor).mT
 
     def _mean(self, add: Callable[[Evaluation, Tensor], Any], shape: Sequence[int]) -> Tensor:

@@ -96,14 +96,15 @@ def probe(
         result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
         return result
 
-    # one graph and two results at a time
-    reference = backward()
+    # one graph and two results at a time; forward mode, which needs more memory, while there is no other result
     try:
         result = forward_mode()
     except (RuntimeError, NotImplementedError) as error:
         if method != "auto":
+            backward()  # an error of the model itself comes first
             raise
         return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds)
+    reference = backward()
     difference = relative_difference(result, reference)
     del result, reference
     if not difference <= _agreement(dtype):
