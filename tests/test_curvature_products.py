@@ -3,10 +3,12 @@
 import copy
 import functools
 import gc
+import importlib
 import pickle
 import random
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -305,6 +307,24 @@ def test_memory_of_graphs(batches, method):
         H @ v
     # in kibibytes (bytes on a Mac): the activations of one layer in each product would be 30 x 2.5 MB
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / KIBIBYTE < 30_000
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analysis"))
+    peak_bytes = importlib.import_module("step_timing").peak_bytes
+    model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 300), nn.Tanh(), nn.Linear(300, 3))
+    batches = [(torch.randn(2, 300), torch.zeros(2).long()) for _ in range(2)]
+
+    def vectors(H, v):
+        return peak_bytes(lambda: H @ v) / (H.shape[0] * v.element_size())
+
+    kept = kind(model, nn.CrossEntropyLoss(), batches[:1], method="double_backward")
+    v = torch.ones(kept.shape[0])
+    assert vectors(kept, v) < 3.2  # the result, the parts it is made of, a gradient while the graph is built
+    assert vectors(kept, v) < 2.6 and vectors(kept, torch.stack([v, v], 1)[:, :1]) < 3.6
+    assert vectors(kind(model, nn.CrossEntropyLoss(), batches, method="double_backward"), v) < 3.2
+    assert vectors(kind(model, nn.CrossEntropyLoss(), batches), v) < 8.5  # with the probe
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -43,7 +43,7 @@ class GaussNewtonOperator(LossOperator):
                 return [torch.zeros_like(part) for part in parts]
             directions = [parts[i] for i in linear]
             pushed = grad(slopes, dummies, directions, batched=batched)
-            return grad(tops, parameters, bend(pushed, batched), batched=batched)
+            return grad(tops, parameters, bend(pushed, batched), batched=batched, free=evaluation.once)
 
         return product
 
@@ -56,6 +56,6 @@ class GaussNewtonOperator(LossOperator):
                 tops, bend = self._evaluate(evaluation, moved)
                 both = [primal_and_tangent(z) for z in tops]
             bent = bend([tangent.detach() for _, tangent in both], batched)
-            return grad([primal for primal, _ in both], parameters, bent)
+            return grad([primal for primal, _ in both], parameters, bent, free=True)
 
         return product

@@ -74,7 +74,8 @@ class Hessian(LossOperator):
         def product(parts: Parts, batched: bool) -> Parts:
             if not curved:
                 return [torch.zeros_like(part) for part in parts]
-            return grad(slopes, parameters, [parts[i] for i in curved], batched=batched)
+            directions = [parts[i] for i in curved]
+            return grad(slopes, parameters, directions, batched=batched, free=evaluation.once)
 
         return product
 
@@ -83,7 +84,7 @@ class Hessian(LossOperator):
 
         def product(parts: Parts, batched: bool) -> Parts:
             with duals(of_name, parts) as moved:
-                gradient = grad([evaluation.loss(moved)], list(moved.values()))
+                gradient = grad([evaluation.loss(moved)], list(moved.values()), free=True)
                 return [primal_and_tangent(g)[1] for g in gradient]
 
         return product

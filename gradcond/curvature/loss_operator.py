@@ -24,6 +24,7 @@ from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching
 from gradcond.curvature.snapshot import Snapshot
 
 TOGETHER = 16  # columns of one vectorized backward pass
+TRIAL = 4  # of the one that tells whether such passes are faster
 
 
 class Evaluation:
@@ -32,6 +33,7 @@ class Evaluation:
     def __init__(self, model: nn.Module, objective: Objective, batch: Any) -> None:
         self.model, self.objective, self.batch = model, objective, batch
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
+        self.once = False  # it is evaluated no more than once from now on, for a single product
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self._draws: Draws | None = None
 
@@ -39,10 +41,10 @@ class Evaluation:
         self, function: Callable[[nn.Module, Any], Any], parameters: Mapping[str, Tensor] | None = None
     ) -> Any:
         """``function(model, batch)``, with other parameters where they are given."""
-        if self._draws is None:
-            self._draws = Draws()
-        else:
+        if self._draws is not None:
             self._draws.restore()
+        elif not self.once:
+            self._draws = Draws()
         return call(function, self.model, self.batch, parameters or {})
 
     def loss(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -242,7 +244,11 @@ class LossOperator(Operator):
     def _columns(self, V: Tensor) -> Tensor:
         kept, rows = self._kept, (V.shape[1], V.shape[0])
         if kept is None or not self._is_alone or not kept.snapshot.holds(*self._things(self.data)):
-            return self._mean(lambda evaluation, total: self._push(self._product(evaluation), V, total), rows).mT
+
+            def add(evaluation: Evaluation, total: Tensor) -> None:
+                self._push(self._product(evaluation, rows[0]), V, total)
+
+            return self._mean(add, rows).mT
         total = torch.zeros(rows, dtype=V.dtype, device=V.device)
         with left_as_found(self.model, self.data, self._seed, kept.only_torch):  # a backward pass may draw, too
             before = None if kept.only_torch else Draws()
@@ -280,14 +286,16 @@ class LossOperator(Operator):
         norms = torch.stack([p.detach().double().norm() for p in self.parameters])
         return {"parameters": float(norms.norm()), "names": tuple(self.names)}
 
-    def _product(self, evaluation: Evaluation) -> Product:
+    def _product(self, evaluation: Evaluation, columns: int) -> Product:
         """The product with the matrix of a batch; the graph of a single batch is kept until something changes."""
         reuse = num_batches(self.data) == 1
         if self.probe is None:
             self.probe = self._probe(evaluation, reuse)
         if self.probe.method == "forward_over_reverse":
+            evaluation.once = columns == 1
             return self._forward_over_reverse(evaluation)
         if not reuse:
+            evaluation.once = columns == 1
             return self._double_backward(evaluation)
         things = self._things(self.data if self._is_fixed else evaluation.batch)
         kept = self._kept
@@ -340,7 +348,7 @@ class LossOperator(Operator):
     def _batches(self, product: Product, V: Tensor, parameters: Sequence[Tensor]) -> bool:
         if self._batching is None:
             forward = self.probe is not None and self.probe.method == "forward_over_reverse"
-            stacked = _stacked(V[:, :TOGETHER], parameters)
+            stacked = _stacked(V[:, :TRIAL], parameters)
             self._batching = not forward and batching_pays(product, stacked, self.dtype)
         return self._batching
 

@@ -35,12 +35,13 @@ def grad(
     vs: Parts | None = None,
     create_graph: bool = False,
     batched: bool = False,
+    free: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Vector-Jacobian product, zeros where x does not enter y; the graph of y is kept."""
+    """Vector-Jacobian product, zeros where x does not enter y; the graph of y is kept unless freed."""
     if not any(isinstance(y, GradientEdge) or y.requires_grad for y in ys):
         raise ValueError("expected a loss that depends on the trainable parameters; is it detached?")
     options: dict[str, Any] = {"create_graph": create_graph, "is_grads_batched": batched}
-    slopes = torch.autograd.grad(cast(Parts, ys), xs, vs, retain_graph=True, allow_unused=True, **options)
+    slopes = torch.autograd.grad(cast(Parts, ys), xs, vs, retain_graph=not free, allow_unused=True, **options)
     lead = vs[0].shape[:1] if batched and vs else ()
     return tuple(x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(slopes, xs, strict=True))
 
