@@ -3,10 +3,12 @@
 import copy
 import functools
 import gc
+import importlib
 import pickle
 import random
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +115,15 @@ def in_place(model, x, y, loss):
     model[0].weight.mul_(1.5)
 
 
+def new_storage(model, x, y, loss):
+    model[3].weight.data = 1.5 * model[3].weight.data
+
+
+@torch.no_grad()
+def two_swapped(model, x, y, loss):
+    model[3].weight.data.copy_(model[3].weight.data.flip(1))  # the same numbers in other places
+
+
 def a_buffer(model, x, y, loss):
     model[1].running_var.fill_(4.0)
 
@@ -148,8 +159,8 @@ def a_hook(model, x, y, loss):
 CHANGES = {
     function.__name__: function
     for function in (
-        *(replace_weight, load, to_train, through_data, in_place, a_buffer, a_setting, the_input, the_target),
-        *(the_loss, the_class_weights, a_module, a_hook),
+        *(replace_weight, load, to_train, through_data, in_place, new_storage, two_swapped, a_buffer, a_setting),
+        *(the_input, the_target, the_loss, the_class_weights, a_module, a_hook),
     )
 }
 
@@ -173,6 +184,26 @@ def test_a_kept_graph_is_never_stale(name, kind):
     assert H._kept is not kept
     if kind is Hessian:  # the others do not depend on everything
         assert (after - before).norm() > 1e-4 * before.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_is_kept_where_only_objects_change(kind):
+    model, x, y = problem()
+    data = [(x, y)]
+    H = kind(model, nn.CrossEntropyLoss(), data, method="double_backward")
+    v = torch.ones(H.shape[0])
+    product, kept = H @ v, H._kept
+    model[1].eps, data[0] = float("1e-5"), (x.clone(), y.clone())
+    for _ in range(2):
+        assert torch.equal(H @ v, product) and H._kept is kept
+    x.numpy()[:] = 0  # of which the graph still is
+    assert torch.equal(H @ v, product)
+    model.load_state_dict(model.state_dict())  # the same numbers, but autograd takes them for others
+    assert torch.equal(H @ v, product)
+    kept = H._kept
+    kept, data[0] = H._kept, (torch.ones_like(x), y)
+    torch.testing.assert_close(H @ v, kind(model, nn.CrossEntropyLoss(), data) @ v, rtol=0, atol=1e-13)
+    assert H._kept is not kept
 
 
 SCALE = torch.ones(())
@@ -199,14 +230,19 @@ def test_what_a_loss_closes_over_and_names_is_watched():
     held.factor, attribute.temperature = 1.0, 1.0
     own = ModelLoss(lambda model, batch: attribute.temperature * F.cross_entropy(model(batch[0]), batch[1]))
     partial = functools.partial(lambda o, t, settings: settings[0] * F.cross_entropy(o, t), settings=[1.0])
-    for loss in (closed, scaled, held, own, partial):
+    array, objects = np.ones(1), np.array([1.0, None])
+    of_array = functools.partial(lambda o, t, a: float(a[0]) * F.cross_entropy(o, t), a=array)
+    of_objects = functools.partial(lambda o, t, a: a[0] * F.cross_entropy(o, t), a=objects)
+    for loss in (closed, scaled, held, own, partial, of_array, of_objects):
         H = Hessian(model, loss, [(x, y)], method="double_backward")
         v = torch.ones(H.shape[0])
         once = H @ v
         factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 2.0
+        array[0] = objects[0] = 2.0
         SCALE.fill_(2.0)
         torch.testing.assert_close(H @ v, 2 * once)
         factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 1.0
+        array[0] = objects[0] = 1.0
         SCALE.fill_(1.0)
 
 
@@ -271,6 +307,24 @@ def test_memory_of_graphs(batches, method):
         H @ v
     # in kibibytes (bytes on a Mac): the activations of one layer in each product would be 30 x 2.5 MB
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / KIBIBYTE < 30_000
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analysis"))
+    peak_bytes = importlib.import_module("step_timing").peak_bytes
+    model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 300), nn.Tanh(), nn.Linear(300, 3))
+    batches = [(torch.randn(2, 300), torch.zeros(2).long()) for _ in range(2)]
+
+    def vectors(H, v):
+        return peak_bytes(lambda: H @ v) / (H.shape[0] * v.element_size())
+
+    kept = kind(model, nn.CrossEntropyLoss(), batches[:1], method="double_backward")
+    v = torch.ones(kept.shape[0])
+    assert vectors(kept, v) < 3.2  # the result, the parts it is made of, a gradient while the graph is built
+    assert vectors(kept, v) < 2.6 and vectors(kept, torch.stack([v, v], 1)[:, :1]) < 3.6
+    assert vectors(kind(model, nn.CrossEntropyLoss(), batches, method="double_backward"), v) < 3.2
+    assert vectors(kind(model, nn.CrossEntropyLoss(), batches), v) < 8.5  # with the probe
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -417,6 +471,46 @@ def test_nothing_is_left_changed(kind, method, where, error):
     torch.testing.assert_close(after[0], before[0], rtol=0, atol=0)
     assert after[1:3] == before[1:3] and all(map(torch.equal, after[3], before[3])) and after[4:] == before[4:]
     assert H._kept is None
+
+
+class DrawsInBackward(torch.autograd.Function):
+    """The second backward pass draws, as a layer that is computed again there does."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return DrawsInSecond.apply(g)
+
+
+class DrawsInSecond(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g):
+        return g.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (random.random() + np.random.randn() + torch.rand(()))
+
+
+def test_a_kept_graph_that_draws_repeats_itself():
+    class Draw(nn.Module):
+        def forward(self, x):
+            return DrawsInBackward.apply(x)
+
+    _, x, y = problem()
+    model = nn.Sequential(nn.Linear(4, 4), Draw(), nn.Tanh(), nn.Linear(4, 3))
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    v = torch.ones(H.shape[0])
+    np.random.randn()  # leaves a second number waiting
+    before = random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+    product, kept = H @ v, H._kept
+    for _ in range(4):
+        assert torch.equal(H @ v, product) and H._kept is kept
+    after = random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+    assert after == before
 
 
 def test_an_interrupted_product_with_a_kept_graph_leaves_it_right(monkeypatch):

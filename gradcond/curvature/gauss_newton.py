@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcond.curvature.loss_operator import Evaluation, LossOperator
-from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent
+from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent, roots
 
 Bend = Callable[[Parts, bool], Parts]  # the product with B
 
@@ -35,13 +35,15 @@ class GaussNewtonOperator(LossOperator):
         dummies = [torch.zeros_like(z, requires_grad=True) for z in tops]
         pulled = grad(tops, parameters, dummies, create_graph=True)
         linear = [i for i, g in enumerate(pulled) if g.requires_grad]
+        slopes = roots([pulled[i] for i in linear])
+        del pulled
 
         def product(parts: Parts, batched: bool) -> Parts:
             if not linear:
                 return [torch.zeros_like(part) for part in parts]
             directions = [parts[i] for i in linear]
-            pushed = grad([pulled[i] for i in linear], dummies, directions, batched=batched)
-            return grad(tops, parameters, bend(pushed, batched), batched=batched)
+            pushed = grad(slopes, dummies, directions, batched=batched)
+            return grad(tops, parameters, bend(pushed, batched), batched=batched, free=evaluation.once)
 
         return product
 
@@ -54,6 +56,6 @@ class GaussNewtonOperator(LossOperator):
                 tops, bend = self._evaluate(evaluation, moved)
                 both = [primal_and_tangent(z) for z in tops]
             bent = bend([tangent.detach() for _, tangent in both], batched)
-            return grad([primal for primal, _ in both], parameters, bent)
+            return grad([primal for primal, _ in both], parameters, bent, free=True)
 
         return product

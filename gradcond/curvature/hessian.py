@@ -10,7 +10,7 @@ from torch import Tensor
 from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator
 from gradcond.curvature.loss_operator import Evaluation, LossOperator
 from gradcond.curvature.passes import map_tensors
-from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent
+from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent, roots
 
 
 class Hessian(LossOperator):
@@ -68,11 +68,14 @@ class Hessian(LossOperator):
         parameters = self.parameters
         gradient = grad([evaluation.loss()], parameters, create_graph=True)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]
+        slopes = roots([gradient[i] for i in curved])
+        del gradient
 
         def product(parts: Parts, batched: bool) -> Parts:
             if not curved:
                 return [torch.zeros_like(part) for part in parts]
-            return grad([gradient[i] for i in curved], parameters, [parts[i] for i in curved], batched=batched)
+            directions = [parts[i] for i in curved]
+            return grad(slopes, parameters, directions, batched=batched, free=evaluation.once)
 
         return product
 
@@ -81,7 +84,7 @@ class Hessian(LossOperator):
 
         def product(parts: Parts, batched: bool) -> Parts:
             with duals(of_name, parts) as moved:
-                gradient = grad([evaluation.loss(moved)], list(moved.values()))
+                gradient = grad([evaluation.loss(moved)], list(moved.values()), free=True)
                 return [primal_and_tangent(g)[1] for g in gradient]
 
         return product

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from gradcond.curvature.culprit import culprit
 from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
@@ -22,6 +24,7 @@ from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching
 from gradcond.curvature.snapshot import Snapshot
 
 TOGETHER = 16  # columns of one vectorized backward pass
+TRIAL = 4  # of the one that tells whether such passes are faster
 
 
 class Evaluation:
@@ -30,6 +33,7 @@ class Evaluation:
     def __init__(self, model: nn.Module, objective: Objective, batch: Any) -> None:
         self.model, self.objective, self.batch = model, objective, batch
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
+        self.once = False  # it is evaluated no more than once from now on, for a single product
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self._draws: Draws | None = None
 
@@ -37,10 +41,10 @@ class Evaluation:
         self, function: Callable[[nn.Module, Any], Any], parameters: Mapping[str, Tensor] | None = None
     ) -> Any:
         """``function(model, batch)``, with other parameters where they are given."""
-        if self._draws is None:
-            self._draws = Draws()
-        else:
+        if self._draws is not None:
             self._draws.restore()
+        elif not self.once:
+            self._draws = Draws()
         return call(function, self.model, self.batch, parameters or {})
 
     def loss(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -50,13 +54,21 @@ class Evaluation:
         return value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Kept:
     """A product with its graph, and all that it depends on."""
 
     snapshot: Snapshot
     product: Product
     share: Share | None
+    parameters: Sequence[Tensor]
+    only_torch: bool = False  # whether a product has shown to draw nothing from other generators than torch's
+
+    @functools.cached_property
+    def divisor(self) -> Any:
+        """What the product is divided by where this batch is all."""
+        assert self.share is not None
+        return divisor(*Mean(self.share).sums)
 
 
 class LossOperator(Operator):
@@ -171,13 +183,15 @@ class LossOperator(Operator):
 
     def loss(self) -> Tensor:
         """The loss on all batches concatenated, a scalar."""
-        return self._mean(lambda evaluation: evaluation.loss().detach(), ())
+        return self._mean(lambda evaluation, total: total.add_(evaluation.loss().detach()), ())
 
     def gradient(self) -> Tensor:
         """Its gradient (n,), in the working dtype."""
-        return self._mean(
-            lambda evaluation: self._rows(grad([evaluation.loss()], self.parameters), 1)[0], self.shape[:1]
-        )
+
+        def add(evaluation: Evaluation, total: Tensor) -> None:
+            _add(total, grad([evaluation.loss()], self.parameters))
+
+        return self._mean(add, (1, self.shape[0]))[0]
 
     def check_deterministic(self) -> float:
         """The relative difference of two products of the same vector, under different random states.
@@ -228,10 +242,22 @@ class LossOperator(Operator):
     def _forward_over_reverse(self, evaluation: Evaluation) -> Product: ...
 
     def _columns(self, V: Tensor) -> Tensor:
-        return self._mean(lambda evaluation: self._push(self._product(evaluation), V), V.shape)
+        kept, rows = self._kept, (V.shape[1], V.shape[0])
+        if kept is None or not self._is_alone or not kept.snapshot.holds(*self._things(self.data)):
 
-    def _mean(self, term: Callable[[Evaluation], Tensor], shape: Sequence[int]) -> Tensor:
-        """The term, of this shape, summed over the batches of all processes and divided by the weight of all."""
+            def add(evaluation: Evaluation, total: Tensor) -> None:
+                self._push(self._product(evaluation, rows[0]), V, total)
+
+            return self._mean(add, rows).mT
+        total = torch.zeros(rows, dtype=V.dtype, device=V.device)
+        with left_as_found(self.model, self.data, self._seed, kept.only_torch):  # a backward pass may draw, too
+            before = None if kept.only_torch else Draws()
+            self._push(kept.product, V, total, kept.parameters)
+            kept.only_torch = before is None or before.only_torch_since()
+        return total.div_(kept.divisor).mT
+
+    def _mean(self, add: Callable[[Evaluation, Tensor], Any], shape: Sequence[int]) -> Tensor:
+        """What ``add`` adds to a tensor of this shape in all batches of all processes, over the weight of all."""
         mean, error = Mean(), None
         total = torch.zeros(shape, dtype=working_dtype(self.dtype), device=self.device)
         try:
@@ -240,7 +266,7 @@ class LossOperator(Operator):
                     weight = self.objective.weight(batch)
                     if weight is None or float(weight) != 0:
                         evaluation = self._evaluation(batch)
-                        total = total + term(evaluation)
+                        add(evaluation, total)
                         assert evaluation.share is not None
                         mean.shares.append(evaluation.share)
             mean.check()
@@ -253,65 +279,94 @@ class LossOperator(Operator):
             kinds = self.processes.agree(self._same(), mean.kinds)
             total, sums = self.processes.add_up(total, sums, error)
             require_one_kind(kinds)
-        return total / divisor(*sums)
+        return total.div_(divisor(*sums))
 
     def _same(self) -> dict[str, Any]:
         """What must be the same on every process."""
         norms = torch.stack([p.detach().double().norm() for p in self.parameters])
         return {"parameters": float(norms.norm()), "names": tuple(self.names)}
 
-    def _product(self, evaluation: Evaluation) -> Product:
+    def _product(self, evaluation: Evaluation, columns: int) -> Product:
         """The product with the matrix of a batch; the graph of a single batch is kept until something changes."""
         reuse = num_batches(self.data) == 1
         if self.probe is None:
             self.probe = self._probe(evaluation, reuse)
         if self.probe.method == "forward_over_reverse":
+            evaluation.once = columns == 1
             return self._forward_over_reverse(evaluation)
         if not reuse:
+            evaluation.once = columns == 1
             return self._double_backward(evaluation)
-        loss = self.objective.loss
-        autocast = torch.is_autocast_enabled(self.device.type), torch.get_autocast_dtype(self.device.type)
-        things = (
-            *(self.model, loss.loss_fn, loss.output, loss.target, self.objective.weight_fn),
-            *(evaluation.batch, self.parameters, self._seed, autocast, self._settings()),
-        )
+        things = self._things(self.data if self._is_fixed else evaluation.batch)
         kept = self._kept
         if kept is None or not kept.snapshot.holds(*things):
             self._kept = kept = None
             snapshot, product = Snapshot(*things), self._double_backward(evaluation)
-            self._kept = kept = Kept(snapshot, product, evaluation.share)
+            self._kept = kept = Kept(snapshot, product, evaluation.share, self.parameters)
         evaluation.share = kept.share
         return kept.product
+
+    @property
+    def _is_fixed(self) -> bool:
+        """The data are the same objects in every pass."""
+        return type(self.data) in (list, tuple)
+
+    @property
+    def _is_alone(self) -> bool:
+        """A product is that of the data here, and nothing else."""
+        return self._is_fixed and not self.processes.several
+
+    def _things(self, batch: Any) -> tuple[Any, ...]:
+        """What the matrix of a batch depends on."""
+        loss, device = self.objective.loss, self.device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return (
+            *(self.model, loss.loss_fn, loss.output, loss.target, self.objective.weight_fn, batch, self.names),
+            *(self._seed, *autocast, *self._settings()),
+        )
 
     def _probe(self, evaluation: Evaluation, reuse: bool) -> Probe:
         if self.method == "double_backward":
             return Probe(self.method, "asked for")
-        v = torch.randn(self.shape[0], generator=generator_from(0), dtype=torch.float64).to(self.device)
-        parts, forward = self._split(v[None], False), self._forward_over_reverse(evaluation)
+        v = torch.randn(self.shape[0], generator=generator_from(0), dtype=working_dtype(self.dtype))
+        parts, forward = _parts(v.to(self.device), self.parameters), self._forward_over_reverse(evaluation)
         return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, reuse, self.dtype)
 
-    def _push(self, product: Product, V: Tensor) -> Tensor:
-        """The product with each column of V (n, k), several in one pass where that is faster than one by one."""
-        together = V.shape[1] > 1 and self.method == "auto" and self._batches(product, V)
-        width = TOGETHER if together else 1
-        rows = [self._rows(product(self._split(part, together), together), len(part)) for part in V.mT.split(width)]
-        return torch.cat(rows).mT
+    def _push(self, product: Product, V: Tensor, total: Tensor, parameters: Sequence[Tensor] | None = None) -> None:
+        """Adds the product with each column of V (n, k) to a row of total (k, n).
 
-    def _batches(self, product: Product, V: Tensor) -> bool:
+        Several go in one pass where that is faster than one by one.
+        """
+        parameters = self.parameters if parameters is None else parameters
+        if V.shape[1] > 1 and self.method == "auto" and self._batches(product, V, parameters):
+            for columns, rows in zip(V.split(TOGETHER, 1), total.split(TOGETHER), strict=True):
+                _add(rows, product(_stacked(columns, parameters), True))
+        else:
+            for column, row in zip(V.unbind(1), total.split(1), strict=True):
+                _add(row, product(_parts(column, parameters), False))
+
+    def _batches(self, product: Product, V: Tensor, parameters: Sequence[Tensor]) -> bool:
         if self._batching is None:
             forward = self.probe is not None and self.probe.method == "forward_over_reverse"
-            stacked = self._split(V.mT[:TOGETHER], True)
+            stacked = _stacked(V[:, :TRIAL], parameters)
             self._batching = not forward and batching_pays(product, stacked, self.dtype)
         return self._batching
 
-    def _split(self, rows: Tensor, batched: bool) -> list[Tensor]:
-        """Vectors (c, n) as one tensor a parameter, stacked (c, *shape) where batched."""
-        parameters = self.parameters
-        parts = rows.split([p.numel() for p in parameters], 1)
-        lead = (len(rows),) if batched else ()
-        return [part.reshape(*lead, *p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
 
-    def _rows(self, parts: Parts, count: int) -> Tensor:
-        """The inverse of _split: (count, n) in the working dtype."""
-        dtype = working_dtype(self.dtype)
-        return torch.cat([part.detach().reshape(count, -1).to(self.device, dtype) for part in parts], 1)
+def _parts(v: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """A vector (n,) as one tensor a parameter; views of it where they can be."""
+    parts = _unflatten_dense_tensors(v.contiguous(), parameters)
+    return [part.to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+
+
+def _stacked(V: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors (n, c) as one tensor (c, *shape) a parameter."""
+    parts = V.mT.split([p.numel() for p in parameters], 1)
+    return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+
+
+@torch.no_grad()
+def _add(rows: Tensor, parts: Parts) -> None:
+    """The inverse of both: adds them to rows (c, n)."""
+    shaped = [part.reshape(len(rows), -1).to(rows) for part in parts]
+    torch._foreach_add_(rows.split([part.shape[1] for part in shaped], 1), shaped)

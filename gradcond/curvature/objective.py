@@ -199,8 +199,8 @@ def _kinds(part: Any, key: str = "") -> Iterator[Any]:
 class Mean:
     """Adds up the shares of batches: what to divide the sum of their derivatives by."""
 
-    def __init__(self) -> None:
-        self.shares: list[Share] = []
+    def __init__(self, *shares: Share) -> None:
+        self.shares = list(shares)
 
     def check(self) -> None:
         """Raise when a loss is not finite, or when batches of unknown weight differ."""

@@ -95,8 +95,11 @@ def call(
 
 
 @contextmanager
-def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
-    """Second derivatives work inside; random states and switches are put back afterwards."""
+def left_as_found(model: nn.Module, data: Any, seed: int, only_torch: bool = False) -> Iterator[None]:
+    """Second derivatives work inside; random states and switches are put back afterwards.
+
+    ``only_torch`` is for what is known to draw nothing from Python's and NumPy's generators.
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -104,23 +107,25 @@ def left_as_found(model: nn.Module, data: Any, seed: int) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # compiled parts run as they were written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_seeded(data, seed))
+        stack.enter_context(_seeded(data, seed, only_torch))
         # a gradient hook on a parameter changes what is learned, not the loss whose curvature we want
         for p in model.parameters():
-            stack.callback(setattr, p, "_backward_hooks", p._backward_hooks)
-            p._backward_hooks = None
+            if p._backward_hooks is not None:
+                stack.callback(setattr, p, "_backward_hooks", p._backward_hooks)
+                p._backward_hooks = None
         yield
 
 
 class Draws:
-    """The state of every global random generator, to be put back."""
+    """The state of every global random generator, or of torch's alone, to be put back."""
 
-    def __init__(self) -> None:
-        self._torch, self._python, self._numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    def __init__(self, only_torch: bool = False) -> None:
+        self._torch = torch.get_rng_state()
+        self._others = None if only_torch else (random.getstate(), np.random.get_state())
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
@@ -128,26 +133,35 @@ class Draws:
         torch.set_rng_state(self._torch)
         for device, state in enumerate(self._cuda):
             torch.cuda.set_rng_state(state, device)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        if self._others is not None:
+            random.setstate(self._others[0])
+            np.random.set_state(self._others[1])
+
+    def only_torch_since(self) -> bool:
+        """Whether Python's and NumPy's generators are where they were."""
+        assert self._others is not None
+        (kind, keys, *rest), (kind_then, keys_then, *rest_then) = np.random.get_state(), self._others[1]
+        same = np.array_equal(keys, keys_then) and (kind, rest) == (kind_then, rest_then)
+        return same and random.getstate() == self._others[0]
 
 
 @contextmanager
-def _seeded(data: Any, seed: int) -> Iterator[None]:
+def _seeded(data: Any, seed: int, only_torch: bool) -> Iterator[None]:
     """Every generator a pass may draw from starts at the seed, and is put back afterwards."""
     owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
     generators = {
         id(g): g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)
     }
-    states, draws = [(g, g.get_state()) for g in generators.values()], Draws()
+    states, draws = [(g, g.get_state()) for g in generators.values()], Draws(only_torch)
     try:
         torch.default_generator.manual_seed(seed)
         if draws._cuda:
             torch.cuda.manual_seed_all(seed)
         for generator, _ in states:
             generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
+        if not only_torch:
+            random.seed(seed)
+            np.random.seed(seed)
         yield
     finally:
         draws.restore()

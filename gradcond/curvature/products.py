@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Parts = Sequence[Tensor]  # one tensor a parameter
 # a product of one vector, or of several stacked in front of each part (batched=True)
 Product = Callable[[Parts, bool], Parts]
+# seconds: beside longer products, what the first one costs more is little; a device loads kernels in it
+SHORT, SHORT_ON_DEVICE = 0.05, 1.0
 METHODS = ("auto", "double_backward", "forward_over_reverse")
 
 
+def roots(tensors: Parts) -> list[GradientEdge]:
+    """Where tensors hang in the graph: enough to differentiate them, and their values can be freed."""
+    return [get_gradient_edge(t) for t in tensors]
+
+
 def grad(
-    ys: Parts, xs: Parts, vs: Parts | None = None, create_graph: bool = False, batched: bool = False
+    ys: Sequence[Tensor | GradientEdge],
+    xs: Parts,
+    vs: Parts | None = None,
+    create_graph: bool = False,
+    batched: bool = False,
+    free: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Vector-Jacobian product, zeros where x does not enter y; the graph of y is kept."""
-    if not any(y.requires_grad for y in ys):
+    """Vector-Jacobian product, zeros where x does not enter y; the graph of y is kept unless freed."""
+    if not any(isinstance(y, GradientEdge) or y.requires_grad for y in ys):
         raise ValueError("expected a loss that depends on the trainable parameters; is it detached?")
     options: dict[str, Any] = {"create_graph": create_graph, "is_grads_batched": batched}
-    slopes = torch.autograd.grad(ys, xs, vs, retain_graph=True, allow_unused=True, **options)
+    slopes = torch.autograd.grad(cast(Parts, ys), xs, vs, retain_graph=not free, allow_unused=True, **options)
     lead = vs[0].shape[:1] if batched and vs else ()
     return tuple(x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(slopes, xs, strict=True))
 
@@ -68,23 +82,32 @@ def probe(
 ) -> Probe:
     """Compares the methods on the first batch: the faster one where both agree.
 
-    The second run of each is timed. Double backward, which has kernels for most, is the one to agree with.
+    The second run of each counts where one of the first is short. Double backward, which has kernels for most,
+    is the one to agree with.
     """
     seconds: dict[str, float] = {}
-    for _ in range(2):
+
+    def backward() -> Parts:
         product, building = _timed(build, parts[0].device)
-        reference, applying = _timed(functools.partial(product, parts, False), parts[0].device)
-        del product  # one graph at a time
+        result, applying = _timed(lambda: product(parts, False), parts[0].device)
         seconds["double_backward"] = applying + (0 if reuse else building)
+        return result
+
+    def forward_mode() -> Parts:
+        result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
+        return result
+
+    # one graph and two results at a time; forward mode, which needs more memory, while there is no other result
     try:
-        result = forward(parts, False)
-        if method == "auto":
-            _, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
+        result = forward_mode()
     except (RuntimeError, NotImplementedError) as error:
         if method != "auto":
+            backward()  # an error of the model itself comes first
             raise
         return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds)
+    reference = backward()
     difference = relative_difference(result, reference)
+    del result, reference
     if not difference <= _agreement(dtype):
         if method != "auto":
             raise ValueError(
@@ -94,6 +117,9 @@ def probe(
         return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds)
     if method != "auto":
         return Probe(method, "asked for, and agrees with double backward")
+    if min(seconds.values()) < _short(parts[0].device):
+        backward()
+        forward_mode()
     # a quarter: near a tie the choice, and with it the rounding, should not depend on the load of the machine
     faster = seconds["forward_over_reverse"] < 0.75 * seconds["double_backward"]
     return Probe("forward_over_reverse" if faster else "double_backward", "the faster one", seconds)
@@ -101,18 +127,23 @@ def probe(
 
 def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
     """Whether several vectors in one vectorized pass are faster than one after the other, and agree."""
-
-    def looped() -> list[Parts]:
-        return [product(parts, False) for parts in zip(*(part.unbind(0) for part in stacked), strict=True)]
-
+    device, one_by_one, agree = stacked[0].device, 0.0, True
     try:
-        together = product(stacked, True)
-        _, vectorized = _timed(lambda: product(stacked, True), stacked[0].device)
+        together, vectorized = _timed(lambda: product(stacked, True), device)
+        if vectorized < _short(device):
+            del together
+            together, vectorized = _timed(lambda: product(stacked, True), device)
     except (RuntimeError, NotImplementedError):  # no batching rule, or a Python function without one
         return False
-    _, one_by_one = _timed(looped, stacked[0].device)
-    columns = [torch.stack(parts) for parts in zip(*looped(), strict=True)]
-    return vectorized < 0.75 * one_by_one and relative_difference(together, columns) <= _agreement(dtype)
+    for i in range(len(stacked[0])):
+        column, seconds = _timed(functools.partial(product, [part[i] for part in stacked], False), device)
+        one_by_one += seconds
+        agree &= relative_difference([part[i] for part in together], column) <= _agreement(dtype)
+    return vectorized < 0.75 * one_by_one and agree
+
+
+def _short(device: torch.device) -> float:
+    return SHORT if device.type == "cpu" else SHORT_ON_DEVICE
 
 
 def _agreement(dtype: torch.dtype) -> float:
@@ -122,8 +153,13 @@ def _agreement(dtype: torch.dtype) -> float:
 
 def relative_difference(parts: Parts, others: Parts) -> float:
     """The norm of the difference over that of the others."""
-    a, b = (torch.cat([part.detach().reshape(-1).double() for part in side]) for side in (parts, others))
-    return float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    pairs = [(a.detach(), b.detach()) for a, b in zip(parts, others, strict=True)]
+    difference = math.hypot(*(_norm(a - b) for a, b in pairs))
+    return difference / max(math.hypot(*(_norm(b) for _, b in pairs)), torch.finfo(torch.float64).tiny)
+
+
+def _norm(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t, dtype=torch.float64))
 
 
 def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

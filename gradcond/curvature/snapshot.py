@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 class Snapshot:
@@ -23,42 +26,96 @@ class Snapshot:
     """
 
     def __init__(self, *things: Any) -> None:
-        leaves = list(_leaves(things))
-        self._plain = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-        self._tensors = [leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor)]
+        self._walk = _Walk(things)
+        self._own = self._walk.tensors  # what the graph is made of, even when equal ones have taken their place
+        self._copies = [_Copy(t) for t in self._own]
 
     def holds(self, *things: Any) -> bool:
         """Whether nothing has changed since."""
-        leaves = list(_leaves(things))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        plain = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        walk = self._walk
+        if not walk.still(things):  # other objects, of equal contents perhaps
+            walk = _Walk(things)
+            if len(walk.tensors) != len(self._copies) or not _alike(walk.plain, self._walk.plain):
+                return False
+        for tensors in (self._own,) if walk.tensors is self._own else (self._own, walk.tensors):
+            if not all(map(_Copy.holds, self._copies, tensors)):
+                return False
+        self._walk = walk
+        return True
+
+
+class _Copy:
+    """The contents of a tensor."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.kind = _kind(t)
+        plain = t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
+        self.bytes = plain and t.dtype in NUMPY and t.is_contiguous() and not t.is_neg()
+        # bytes are compared six times as fast as numbers by torch.equal
+        self.contents: Any = bytearray(t.detach().numpy().data) if self.bytes else t.detach().clone()
+
+    def holds(self, t: Tensor) -> bool:
+        """Whether the tensor has these contents."""
+        if _kind(t) != self.kind:
+            return False
+        if not self.bytes:
+            return torch.equal(t.detach(), self.contents)
+        return t.is_contiguous() and not t.is_neg() and bool(self.contents == t.detach().numpy())
+
+
+def _kind(t: Tensor) -> tuple[Any, ...]:
+    # autograd refuses a graph whose tensors were written to, even with the same numbers
+    version = None if t.is_inference() else t._version
+    return type(t), version, t.requires_grad, t.dtype, t.device, t.layout, t.shape
+
+
+class _Walk:
+    """All that things are made of: settings, tensors, and what held them, to see at a glance that it still does."""
+
+    def __init__(self, things: tuple[Any, ...]) -> None:
+        self.things = things
+        self.plain: list[Any] = []  # settings, in order, and objects as _Same
+        self.tensors: list[Tensor] = []
+        self._holders: list[tuple[Any, list[Any]]] = []  # what can be changed, and its parts
+        self._empty: list[Any] = []  # tables with nothing in them
+        self._steady = True
+        self._seen: set[int] = set()
+        for thing in things:
+            self._visit(thing, 1)
+
+    def still(self, things: tuple[Any, ...]) -> bool:
+        """Whether these are the same things, made of the same objects; tensors may have other contents."""
         return (
-            len(plain) == len(self._plain)
-            and all(type(a) is type(b) and (a is b or a == b) for a, b in zip(plain, self._plain, strict=True))
-            and len(tensors) == len(self._tensors)
-            and all(map(_equal, tensors, self._tensors))
+            self._steady
+            and len(things) == len(self.things)
+            and all(map(_same, things, self.things))
+            and not any(self._empty)
+            and all(_are(_held(thing), parts) for thing, parts in self._holders)
         )
 
+    def _visit(self, thing: Any, depth: int) -> None:
+        if isinstance(thing, PLAIN):
+            self.plain.append(thing)
+        elif id(thing) in self._seen:
+            self.plain.append(_Same(thing))
+        elif isinstance(thing, Tensor):
+            self._seen.add(id(thing))
+            self.plain.append(Tensor)
+            self.tensors.append(thing)
+        else:
+            self._seen.add(id(thing))
+            self.plain.append(type(thing) if isinstance(thing, _NESTS) else _Same(thing))
+            self._watch(thing, depth)
+            for part in _parts(thing, depth):
+                self._visit(part, depth + 1)
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and torch.equal(a.detach(), b)
-
-
-def _leaves(thing: Any, seen: set[int] | None = None, depth: int = 0) -> Iterator[Any]:
-    seen = set() if seen is None else seen
-    if isinstance(thing, PLAIN):
-        yield thing
-    elif id(thing) in seen:
-        yield _Same(thing)
-    elif isinstance(thing, Tensor):
-        seen.add(id(thing))
-        yield thing
-        yield thing.requires_grad
-    else:
-        seen.add(id(thing))
-        yield type(thing) if isinstance(thing, _NESTS) else _Same(thing)
-        for part in _parts(thing, depth):
-            yield from _leaves(part, seen, depth + 1)
+    def _watch(self, thing: Any, depth: int) -> None:
+        if isinstance(thing, np.ndarray) or (isinstance(thing, Mapping) and type(thing) not in _TABLES):
+            self._steady = False
+        elif isinstance(thing, (list, Mapping)) or _is_own(thing) or _has_settings(thing, depth):
+            parts = list(_held(thing))
+            self._holders.append((thing, parts))
+            self._empty += [part for part in parts if type(part) in _TABLES and not part]
 
 
 class _Same:
@@ -72,6 +129,42 @@ class _Same:
 
 
 _NESTS = (list, tuple, Mapping, np.ndarray, types.MethodType)
+_TABLES = (dict, OrderedDict)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (isinstance(a, PLAIN) and type(a) is type(b) and bool(a == b))
+
+
+def _alike(some: list[Any], others: list[Any]) -> bool:
+    pairs = zip(some, others, strict=False)
+    return len(some) == len(others) and all(type(a) is type(b) and (a is b or a == b) for a, b in pairs)
+
+
+def _are(now: list[Any], then: list[Any]) -> bool:
+    """The same objects."""
+    return len(now) == len(then) and all(map(operator.is_, now, then))
+
+
+def _held(thing: Any) -> list[Any]:
+    """The objects that something refers to and that can be exchanged in it."""
+    if isinstance(thing, types.FunctionType):
+        return list(_of_function(thing))
+    if isinstance(thing, list):
+        return thing
+    table = thing if type(thing) in _TABLES else vars(thing)
+    return [*table, *table.values()]
+
+
+def _is_own(thing: Any) -> bool:
+    """A function that is not torch's."""
+    return isinstance(thing, types.FunctionType) and not thing.__module__.startswith("torch.")
+
+
+def _has_settings(thing: Any, depth: int) -> bool:
+    if isinstance(thing, (*_NESTS, types.FunctionType, functools.partial, type, types.ModuleType)):
+        return False
+    return isinstance(thing, nn.Module) or (hasattr(thing, "__dict__") and depth < 4)
 
 
 def _parts(thing: Any, depth: int) -> Iterator[Any]:
@@ -82,22 +175,25 @@ def _parts(thing: Any, depth: int) -> Iterator[Any]:
     elif isinstance(thing, list | tuple):
         yield len(thing)
         yield from thing
-    elif isinstance(thing, np.ndarray) and thing.dtype != object:
-        yield torch.from_numpy(thing.copy()) if thing.dtype.kind in "fiub" else thing.tobytes()
+    elif isinstance(thing, np.ndarray):
+        yield thing.shape
+        if thing.dtype == object:
+            yield from thing.flat
+        else:
+            yield torch.from_numpy(thing.copy()) if thing.dtype.kind in "fiub" else thing.tobytes()
     elif isinstance(thing, functools.partial):
         yield from (thing.func, thing.args, thing.keywords)
     elif isinstance(thing, types.MethodType):
         yield from (thing.__func__, thing.__self__)
     elif isinstance(thing, types.FunctionType):
-        if not thing.__module__.startswith("torch."):
+        if _is_own(thing):
             yield from _of_function(thing)
-    elif isinstance(thing, nn.Module) or (hasattr(thing, "__dict__") and depth < 4):
-        if not isinstance(thing, type | types.ModuleType):
-            for name, value in vars(thing).items():
-                # most of a module is empty tables of hooks: left out for speed
-                if value is not None and not (isinstance(value, dict) and not value):
-                    yield name
-                    yield value
+    elif _has_settings(thing, depth):
+        for name, value in vars(thing).items():
+            # most of a module is empty tables of hooks: left out for speed
+            if value is not None and not (isinstance(value, dict) and not value):
+                yield name
+                yield value
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Any]:
