@@ -119,7 +119,7 @@ class BNP(Conditioner):
                 return super().update_all(states, moments, scratch)
             scratch["bank"] = bank = Bank(states, moments[0].mean)
         bank.fold(states, moments, weight_of(states[0]["steps"] + 1, self.decay, self.start))
-        q = [state.get("_q", 1.0) for state in states]
+        q = [state.get("q", 1.0) for state in states]
         metrics = bank.damped(self.eps_rel, self.eps, q) if self.standardize and self.eps > 0 else ()
         for j, state in enumerate(states):
             state["age"] = 1
@@ -134,7 +134,7 @@ class BNP(Conditioner):
         if "mean" not in state:
             return None
         n = {"rows": state["rows"], "batch": state["samples"], None: layer.fan_in}[self.scale]
-        state["_q"] = q = max(layer.fan_in / n, 1.0) ** 0.5  # for the next step's bank
+        state["q"] = q = max(layer.fan_in / n, 1.0) ** 0.5  # for the next step's bank
         form = WithBias if state.get("has_bias", True) else WithoutBias
         centers = self.center and not (state.get("feeds_batch_norm") and form is WithoutBias)
         *settings, metric = state.get("_metric") or (None,)

@@ -231,3 +231,25 @@ def test_what_can_be_computed_again_is_not_copied():
     _, twin = copy.deepcopy((model, optimizer))
     assert all(not key.startswith("_") for state in twin._engine.states[0].values() for key in state)
     assert any(key.startswith("_") for state in optimizer._engine.states[0].values() for key in state)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_copy_goes_on_to_the_last_bit_in_float32(seed):
+    """Also where a row has more inputs than there are rows (q > 1)."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(*[layer for width in range(8, 20) for layer in (nn.LazyLinear(width), nn.Tanh())])
+    model.float()(torch.ones(1, 7, dtype=torch.float32))
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [BNP()])
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            model(torch.randn(4, 7, dtype=torch.float32)).square().sum().backward()
+            optimizer.step()
+
+    train(model, optimizer, range(3))
+    other, twin = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (other, twin)):
+        train(m, o, range(3, 5))
+    assert torch.equal(flat(list(model.parameters())), flat(list(other.parameters())))
