@@ -177,6 +177,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--growth", action="store_true", help="the full sizes of the three sweeps")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the sweeps (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
     parser.add_argument("--network", choices=("resnet18", "gpt"), help="instead of the sweeps")
     parser.add_argument("--images", type=Path, help="of --network resnet18, an .npz")
     parser.add_argument("--text", type=Path, nargs="+", help="of --network gpt, files")
@@ -189,8 +190,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--probes", type=int, default=1, help="of the density (default: 1)")
     parser.add_argument("--out", type=Path, help="folder for curvature_scale.json and .npz")
     args = parser.parse_args(argv)
-    if min(args.rounds, args.samples, args.steps, args.probes) < 1:
-        parser.error("expected --rounds, --samples, --steps and --probes of at least 1")
+    if min(args.rounds, args.threads, args.samples, args.steps, args.probes) < 1:
+        parser.error("expected --rounds, --threads, --samples, --steps and --probes of at least 1")
     if args.batch < 2:
         parser.error(f"expected --batch of at least 2, got {args.batch}: activations are told by half a batch")
     needed = {"resnet18": "images", "gpt": "text"}.get(args.network)
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after telling what is wrong with the input."""
     args = parse(argv)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     try:
         if args.out is not None:
             require_folder(args.out)
