@@ -8,6 +8,7 @@ import pickle
 import random
 import resource
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
-from gradcond.curvature.products import Probe
+from gradcond.curvature.products import Probe, probe
 
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
 KIBIBYTE = 1024 if sys.platform == "darwin" else 1
@@ -48,6 +49,25 @@ def test_methods_agree_and_the_probe_tells(kind):
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-13 * float(results[0].abs().max()))
 
 
+@pytest.mark.parametrize("building, tried", [(0.05, False), (0.0, True)])
+def test_forward_mode_is_tried_where_it_may_win(building, tried):
+    """With the graph kept it builds as much anew in each product as double backward does once."""
+    parts, forwards = [torch.ones(3)], []
+
+    def build():
+        time.sleep(building)
+        return lambda parts, batched: (time.sleep(0.01), parts)[1]
+
+    def forward(parts, batched):
+        forwards.append(1)
+        return parts
+
+    found = probe(build, forward, parts, "auto", 1.0, torch.float64)
+    assert bool(forwards) == tried
+    assert found.method == ("forward_over_reverse" if tried else "double_backward")
+    assert probe(build, forward, parts, "auto", 0.0, torch.float64).method == "forward_over_reverse"
+
+
 class WrongForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -73,7 +93,7 @@ class Wrong(nn.Module):
 def test_a_wrong_forward_derivative_is_found(kind, dense):
     _, x, y = problem()
     model = nn.Sequential(nn.Linear(4, 4), Wrong(), nn.Linear(4, 3))
-    H = kind(model, nn.CrossEntropyLoss(), [(x, y)])
+    H = kind(model, nn.CrossEntropyLoss(), split(x, y, [4, 2]))
     assert_same_operator(H, dense(model, F.cross_entropy, x, y))
     assert H.probe.method == "double_backward" and "differs" in H.probe.reason
     with pytest.raises(ValueError, match=r"forward over reverse differs .*double_backward"):
@@ -86,7 +106,7 @@ def test_a_wrong_forward_derivative_is_found(kind, dense):
 def test_columns(kind, together, chunk):
     model, x, y = problem()
     H = kind(model, nn.CrossEntropyLoss(), [(x, y)], chunk=chunk)
-    H.probe, H._batching = Probe("double_backward", "for the test"), together
+    H.probe, H._batching, H._tried = Probe("double_backward", "for the test"), together, 5
     V = torch.randn(H.shape[0], 5)
     one_by_one = torch.stack([H @ v for v in V.unbind(1)], 1)
     torch.testing.assert_close(H @ V, one_by_one, rtol=0, atol=1e-13)

@@ -64,6 +64,8 @@ class Hessian(LossOperator):
         tensor([1., 4.])
     """
 
+    _forward_costs = 2.0  # the same forward and backward pass, and a tangent for each of their results
+
     def _double_backward(self, evaluation: Evaluation) -> Product:
         parameters = self.parameters
         gradient = grad([evaluation.loss()], parameters, create_graph=True)

@@ -23,8 +23,9 @@ from gradcond.curvature.processes import Processes
 from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching_pays, grad, probe
 from gradcond.curvature.snapshot import Snapshot
 
-TOGETHER = 16  # columns of one vectorized backward pass
-TRIAL = 4  # of the one that tells whether such passes are faster
+TOGETHER = 16, 64  # columns of one vectorized backward pass, and where few numbers are multiplied
+TRIAL = 4, 16  # of the one that tells whether such passes are faster
+QUICK = 2e-3  # seconds of a product on the CPU: its activations are small
 
 
 class Evaluation:
@@ -78,6 +79,8 @@ class LossOperator(Operator):
     ``_forward_over_reverse``; both set the share of the batch.
     """
 
+    _forward_costs = 1.0  # what the latter takes at least, in times of what building the graph of the former takes
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +118,7 @@ class LossOperator(Operator):
             raise ValueError(f"expected real floating-point parameters, got {dtype}")
         super().__init__(sum(p.numel() for p in self.parameters), dtype, self.parameters[0].device)
         self.probe: Probe | None = None  # how products are computed, and why, after the first one
-        self._batching: bool | None = None
+        self._batching, self._tried = False, 0  # whether several columns go in one pass; with how many it was tried
         self._kept: Kept | None = None
 
     @property
@@ -205,13 +208,13 @@ class LossOperator(Operator):
         if self._noise is None:
             v = torch.randn(self.shape[0], generator=generator_from(0), dtype=torch.float64)
             v = v.to(self.device, working_dtype(self.dtype))
-            first = self @ v
             self._seed = 1
             try:
-                second = self @ v
+                other = self @ v
             finally:
                 self._seed = 0
-            noise = float((first - second).norm() / first.norm().clamp_min(torch.finfo(v.dtype).tiny))
+            first = self @ v  # after it: the graph that it keeps is that of the products to come
+            noise = float((first - other).norm() / first.norm().clamp_min(torch.finfo(v.dtype).tiny))
             if noise > ASYMMETRY[self.dtype]:
                 raise ValueError(
                     f"two products of the same vector differ by {noise:.1e} of their size; {self._culprit()}"
@@ -330,7 +333,8 @@ class LossOperator(Operator):
             return Probe(self.method, "asked for")
         v = torch.randn(self.shape[0], generator=generator_from(0), dtype=working_dtype(self.dtype))
         parts, forward = _parts(v.to(self.device), self.parameters), self._forward_over_reverse(evaluation)
-        return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, reuse, self.dtype)
+        kept = self._forward_costs if reuse else 0.0
+        return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, kept, self.dtype)
 
     def _push(self, product: Product, V: Tensor, total: Tensor, parameters: Sequence[Tensor] | None = None) -> None:
         """Adds the product with each column of V (n, k) to a row of total (k, n).
@@ -339,18 +343,27 @@ class LossOperator(Operator):
         """
         parameters = self.parameters if parameters is None else parameters
         if V.shape[1] > 1 and self.method == "auto" and self._batches(product, V, parameters):
-            for columns, rows in zip(V.split(TOGETHER, 1), total.split(TOGETHER), strict=True):
+            together = TOGETHER[self._is_quick]
+            for columns, rows in zip(V.split(together, 1), total.split(together), strict=True):
                 _add(rows, product(_stacked(columns, parameters), True))
         else:
             for column, row in zip(V.unbind(1), total.split(1), strict=True):
                 _add(row, product(_parts(column, parameters), False))
 
     def _batches(self, product: Product, V: Tensor, parameters: Sequence[Tensor]) -> bool:
-        if self._batching is None:
+        columns = min(V.shape[1], TRIAL[self._is_quick])
+        if not self._batching and self._tried < columns:
             forward = self.probe is not None and self.probe.method == "forward_over_reverse"
-            stacked = _stacked(V[:, :TRIAL], parameters)
+            stacked = _stacked(V[:, :columns], parameters)
             self._batching = not forward and batching_pays(product, stacked, self.dtype)
+            self._tried = columns
         return self._batching
+
+    @property
+    def _is_quick(self) -> bool:
+        """Products are short for want of work, not for want of a slow processor."""
+        on_cpu, seconds = self.device.type == "cpu", {} if self.probe is None else self.probe.seconds
+        return on_cpu and bool(seconds) and min(seconds.values()) < QUICK
 
 
 def _parts(v: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradcond.curvature.exchange import Exchange, exchange, in_blocks
 from gradcond.curvature.operators import Products, generator_from
 
-BLOCK = 8  # probes multiplied together: they share the forward passes
+LEAST_BLOCK, MOST_BLOCK, BLOCK_NUMBERS = 8, 64, 1 << 20  # probes multiplied together share the passes
 STORE = 1 << 25  # numbers: vectors that fit in here may be kept
 LEAST = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}  # products a method needs for a standard error
 
@@ -73,18 +73,18 @@ def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int
     method = _method(products, num_matvecs, method)
     if num_matvecs >= products.n:
         return _exact(quantity, products)
-    generator = generator_from(seed)
+    generator, block = generator_from(seed), _block(products.n)
     if method == "xtrace":
         omega = _signs(products, num_matvecs // 2, generator)
-        x = exchange(products, omega, BLOCK)
+        x = exchange(products, omega, block)
         _check_symmetry(products, omega, x.Y)
         samples = quantity.exchanged(x)
         return Estimate(samples.mean(0), samples.std(0) / len(samples) ** 0.5, products.count, len(samples))
     count = num_matvecs // 3 if method == "hutch++" else 0
     known = _deflated(products, _signs(products, count, generator))
     moments = Moments()
-    for start in range(0, num_matvecs - 2 * count, BLOCK):
-        z = _signs(products, min(BLOCK, num_matvecs - 2 * count - start), generator)
+    for start in range(0, num_matvecs - 2 * count, block):
+        z = _signs(products, min(block, num_matvecs - 2 * count - start), generator)
         mass = torch.ones(())
         if quantity.projected and count:
             z = known.outside(z.double())
@@ -97,6 +97,11 @@ def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int
         samples = quantity.sample(z.double(), image, known)
         moments.add(samples * mass.to(samples).reshape(-1, *[1] * (samples.ndim - 1)))
     return Estimate(quantity.known(known) + moments.mean, moments.std_error, products.count, moments.count)
+
+
+def _block(n: int) -> int:
+    """How many probes of n numbers are multiplied together."""
+    return min(MOST_BLOCK, max(LEAST_BLOCK, BLOCK_NUMBERS // n))
 
 
 def _method(products: Products, num_matvecs: int, method: str | None) -> str:
@@ -114,11 +119,12 @@ def _method(products: Products, num_matvecs: int, method: str | None) -> str:
 
 def _exact(quantity: Quantity, products: Products) -> Estimate:
     """From the n unit vectors."""
-    n, total = products.n, torch.zeros((), dtype=torch.float64, device=products.device)
+    n, block = products.n, _block(products.n)
+    total = torch.zeros((), dtype=torch.float64, device=products.device)
     none = Deflation(*torch.zeros(2, n, 0, dtype=torch.float64, device=products.device))
-    for start in range(0, n, BLOCK):
-        units = torch.zeros(n, min(BLOCK, n - start), dtype=products.work_dtype, device=products.device)
-        units[start : start + BLOCK].fill_diagonal_(1)
+    for start in range(0, n, block):
+        units = torch.zeros(n, min(block, n - start), dtype=products.work_dtype, device=products.device)
+        units[start : start + block].fill_diagonal_(1)
         image = products(units).double()
         if start == 0:
             _check_symmetry(products, units, image)
@@ -130,10 +136,11 @@ def _deflated(products: Products, omega: Tensor) -> Deflation:
     """Q spans A omega, where the largest eigenvalues are."""
     if omega.shape[1] == 0:
         return Deflation(omega.double(), omega.double())
-    Y = in_blocks(products, omega, BLOCK)
+    block = _block(products.n)
+    Y = in_blocks(products, omega, block)
     _check_symmetry(products, omega, Y)  # here, where A has not been deflated to rounding
     Q = torch.linalg.qr(Y)[0]
-    return Deflation(Q, in_blocks(products, Q.to(products.work_dtype), BLOCK))
+    return Deflation(Q, in_blocks(products, Q.to(products.work_dtype), block))
 
 
 class Moments:

@@ -78,25 +78,33 @@ class Probe:
 
 
 def probe(
-    build: Callable[[], Product], forward: Product, parts: Parts, method: str, reuse: bool, dtype: torch.dtype
+    build: Callable[[], Product], forward: Product, parts: Parts, method: str, kept: float, dtype: torch.dtype
 ) -> Probe:
     """Compares the methods on the first batch: the faster one where both agree.
 
     The second run of each counts where one of the first is short. Double backward, which has kernels for most,
-    is the one to agree with.
+    is the one to agree with. Where its graph is kept, ``kept`` says how many times what building it takes forward
+    over reverse takes at least, since it builds as much anew, with tangents: what cannot win is not tried. ``kept``
+    is 0 where each product builds the graph again.
     """
     seconds: dict[str, float] = {}
 
     def backward() -> Parts:
+        nonlocal building
         product, building = _timed(build, parts[0].device)
         result, applying = _timed(lambda: product(parts, False), parts[0].device)
-        seconds["double_backward"] = applying + (0 if reuse else building)
+        seconds["double_backward"] = applying + (0 if kept else building)
         return result
 
     def forward_mode() -> Parts:
         result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
         return result
 
+    building = 0.0
+    if method == "auto" and kept:
+        backward()
+        if seconds["double_backward"] <= kept * building:
+            return Probe("double_backward", "its graph is kept, and building one takes longer", seconds)
     # one graph and two results at a time; forward mode, which needs more memory, while there is no other result
     try:
         result = forward_mode()

@@ -51,8 +51,9 @@ def trace(
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
         num_matvecs: products to spend.
         seed: of the random signs.
-        method: "hutchinson", which keeps 8 vectors, "hutch++" or "xtrace", which keep num_matvecs; None takes
-            "hutch++" with 6 products or more, where its vectors fit into 32 M numbers.
+        method: "hutchinson", which keeps 8 vectors at a time (of small matrices up to 64), "hutch++" or "xtrace",
+            which keep num_matvecs; None takes "hutch++" with 6 products or more, where its vectors fit into 32 M
+            numbers.
         progress: called with the number of products just done.
 
     Returns:
