@@ -24,7 +24,7 @@ from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching
 from gradcond.curvature.snapshot import Snapshot
 
 TOGETHER = 16, 64  # columns of one vectorized backward pass, and where few numbers are multiplied
-TRIAL = 4, 16  # of the one that tells whether such passes are faster
+TRIAL = 4, 8  # of the one that tells whether such passes are faster
 QUICK = 2e-3  # seconds of a product on the CPU: its activations are small
 
 

@@ -88,6 +88,7 @@ def probe(
     is 0 where each product builds the graph again.
     """
     seconds: dict[str, float] = {}
+    building = 0.0
 
     def backward() -> Parts:
         nonlocal building
@@ -100,7 +101,6 @@ def probe(
         result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
         return result
 
-    building = 0.0
     if method == "auto" and kept:
         backward()
         if seconds["double_backward"] <= kept * building:
