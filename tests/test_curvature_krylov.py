@@ -22,6 +22,7 @@ from gradcond.curvature import (
     trace,
     tridiagonalize,
 )
+from gradcond.curvature.basis import orthogonalize_along_
 
 
 def matrix(eigenvalues, dtype=torch.float64):
@@ -471,3 +472,15 @@ def test_same_seed_same_answer():
     assert torch.equal(one.nodes, same.nodes) and not torch.equal(one.nodes, other.nodes)
     with warnings.catch_warnings():
         assert torch.equal(eigsh(A, 2, seed=1).eigenvectors, eigsh(A, 2, seed=1).eigenvectors)
+
+
+@pytest.mark.parametrize("large", [[], [0], [0, 1, 2]])
+def test_what_was_not_known_to_be_large_is_removed_too(large):
+    """One pass where the rows named hold nearly all of a vector, more where they do not."""
+    Q = torch.linalg.qr(torch.randn(200, 40))[0].mT
+    parts = [Q[:16].clone(), Q[16:].clone()]
+    w = torch.randn(2, 40) @ Q + 1e-9 * torch.randn(2, 200)
+    expected = Q @ w.mT
+    coefficients = orthogonalize_along_(parts, w, large)
+    torch.testing.assert_close(coefficients, expected, rtol=0, atol=1e-13)
+    assert (Q @ w.mT).norm() <= 1e-14 * w.norm()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-SEGMENT = 32  # vectors allocated at a time
+SEGMENT, LEAST_SEGMENT, SEGMENT_NUMBERS = 32, 16, 1 << 19  # vectors allocated at a time
 CHUNK = 1 << 18  # numbers held in float64 at a time: what a processor's cache holds
 DEVICE_CHUNK = 1 << 24  # the same on an accelerator
+SMALL = 0.1  # of what is left of a vector: what one pass removes well enough
 
 
 class Basis:
@@ -19,14 +20,15 @@ class Basis:
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device, capacity: int | None = None) -> None:
         self.n, self.dtype, self.device, self.capacity = n, dtype, device, capacity or n
         self.size = 0
+        self._rows = min(SEGMENT, max(LEAST_SEGMENT, SEGMENT_NUMBERS // n))  # of a segment
         self._segments: list[Tensor] = []
 
     def append(self, vectors: Tensor) -> None:
         """Add the rows of vectors (b, n), rounded to the working dtype."""
         for vector in vectors:
-            segment, row = divmod(self.size, SEGMENT)
+            segment, row = divmod(self.size, self._rows)
             if segment == len(self._segments):
-                rows = min(SEGMENT, self.capacity - self.size)
+                rows = min(self._rows, self.capacity - self.size)
                 self._segments.append(torch.empty(rows, self.n, dtype=self.dtype, device=self.device))
             self._segments[segment][row] = vector
             self.size += 1
@@ -34,7 +36,8 @@ class Basis:
     @property
     def parts(self) -> list[Tensor]:
         """The vectors so far, (., n) each."""
-        sizes = [min(SEGMENT, self.size - start) for start in range(0, self.size, SEGMENT)]
+        rows = self._rows
+        sizes = [min(rows, self.size - start) for start in range(0, self.size, rows)]
         return [segment[:size] for segment, size in zip(self._segments, sizes, strict=False)]
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
@@ -54,8 +57,27 @@ class Basis:
         self.size = y.shape[1]
         for columns, rows in _chunks(parts, self.n):
             new = y.mT @ rows
-            for part, some in zip(self.parts, new.split(SEGMENT), strict=True):
+            for part, some in zip(self.parts, new.split(self._rows), strict=True):
                 part[:, columns] = some
+
+
+def orthogonalize_along_(parts: list[Tensor], w: Tensor, large: Iterable[int]) -> Tensor:
+    """What `reorthogonalize_` does, where it is known along which rows nearly all of w lies: for less than half.
+
+    Those rows are removed first, one by one; then a single pass removes what is small beside the rest of w. Where
+    it is not, two passes follow.
+    """
+    coefficients = w.new_zeros(sum(map(len, parts)), len(w))
+    for i in large:
+        row = _row(parts, i).double()
+        coefficients[i] = w @ row
+        w.addr_(coefficients[i], row, alpha=-1)
+    small = _along(parts, w)
+    _subtract_(parts, w, small)
+    coefficients += small
+    if bool((small.norm(dim=0) <= SMALL * w.norm(dim=1)).all()):
+        return coefficients
+    return coefficients + reorthogonalize_(parts, w)
 
 
 def reorthogonalize_(parts: list[Tensor], w: Tensor) -> Tensor:
@@ -68,14 +90,39 @@ def reorthogonalize_(parts: list[Tensor], w: Tensor) -> Tensor:
         return w.new_zeros(0, len(w))
     # what the working dtype leaves of the first pass the second one removes, and that is small: only the step
     # between them needs float64, from one reading of the basis
-    first = torch.cat([(part @ w.to(part.dtype).mT).double() for part in parts])
+    first = _along(parts, w)
     second = torch.zeros_like(first)
     for columns, rows in _chunks(parts, w.shape[1]):
         w[:, columns] -= first.mT @ rows
         second += rows @ w[:, columns].mT
-    for part, h in zip(parts, second.split([len(part) for part in parts]), strict=True):
-        w -= h.mT.to(part.dtype) @ part
+    _subtract_(parts, w, second)
     return first + second
+
+
+def _along(parts: list[Tensor], w: Tensor) -> Tensor:
+    """Coefficients of w, from products in the parts' dtype."""
+    rounded = {dtype: w.to(dtype).mT for dtype in {part.dtype for part in parts}}
+    return torch.cat([part @ rounded[part.dtype] for part in parts]).double()
+
+
+def _subtract_(parts: list[Tensor], w: Tensor, coefficients: Tensor) -> None:
+    """The same back: w less the rows times the coefficients, which are small."""
+    sums: dict[torch.dtype, Tensor] = {}
+    for part, h in zip(parts, coefficients.split([len(part) for part in parts]), strict=True):
+        if part.dtype in sums:
+            sums[part.dtype].addmm_(h.mT.to(part.dtype), part)
+        else:
+            sums[part.dtype] = h.mT.to(part.dtype) @ part
+    for own in sums.values():
+        w -= own
+
+
+def _row(parts: list[Tensor], i: int) -> Tensor:
+    for part in parts:
+        if i < len(part):
+            return part[i]
+        i -= len(part)
+    raise IndexError(i)
 
 
 def _chunks(parts: list[Tensor], n: int) -> Iterator[tuple[slice, Tensor]]:

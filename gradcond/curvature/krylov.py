@@ -7,10 +7,11 @@ import torch
 from scipy.linalg import eigh
 from torch import Tensor
 
-from gradcond.curvature.basis import Basis, reorthogonalize_
+from gradcond.curvature.basis import Basis, orthogonalize_along_, reorthogonalize_
 from gradcond.curvature.operators import Products
 
 DEPENDENT = 1e-9  # of a unit vector outside the basis: such a direction is rounding
+COUPLED = 1e-3  # of |A|: a product has this much along a vector of the basis
 TILTED = 1e-3  # a direction this small in its block is no longer orthogonal to the basis
 
 
@@ -65,7 +66,8 @@ class Krylov:
         rest, coupling = self.pending[b:], self.C[:, :b]
         self.basis.append(self.pending[:b])
         w = self._product(self.pending[:b])
-        h = reorthogonalize_([*self.basis.parts, rest], w)
+        coupled = np.flatnonzero(np.abs(coupling).max(1, initial=0.0) > COUPLED * self.scale)
+        h = orthogonalize_along_([*self.basis.parts, rest], w, [*coupled, *range(m, m + b)])
         q, r = torch.linalg.qr(w.mT) if b > 1 else _unit(w)
         # the one transfer to the host: coefficients in the basis, in the rest, and the new block
         numbers = torch.cat([h, r]).cpu().numpy()

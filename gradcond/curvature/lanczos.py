@@ -7,7 +7,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from gradcond.curvature.basis import Basis, reorthogonalize_
+from gradcond.curvature.basis import Basis, orthogonalize_along_, reorthogonalize_
 from gradcond.curvature.operators import Products
 
 BREAKDOWN = 64  # x eps x |T|: sqrt(eps) corrupts float32, 1 eps is never reached
@@ -61,7 +61,7 @@ class Lanczos:
         self._append(j)
         parts = self._basis.parts
         w = self.products(parts[-1][-1]).double()
-        h = reorthogonalize_(parts, w[None])[:, 0]
+        h = orthogonalize_along_(parts, w[None], range(max(0, j - 1), j + 1))[:, 0]
         # one host transfer a step; the coefficients that symmetry makes zero measure the noise
         if j > 0:
             h[j - 1] -= self.betas[j - 1]
