@@ -35,7 +35,7 @@ class Evaluation:
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
         self.once = False  # it is evaluated no more than once from now on, for a single product
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
-        self.start = 0  # and after how many numbers of the whole data
+        self.start = 0  # and its place among the numbers drawn for all data
         self._draws: Draws | None = None
 
     def __call__(
