@@ -15,7 +15,9 @@ OPERATORS = {
     "hessian": curvature.Hessian,
     "ggn": curvature.GGN,
     "empirical": curvature.EmpiricalFisher,
+    "monte carlo": curvature.MonteCarloFisher,
 }
+F = nn.functional
 
 
 def build() -> nn.Module:
@@ -55,12 +57,17 @@ def same_everywhere(tensor: torch.Tensor) -> None:
     assert all(torch.equal(other, tensor) for other in everyone)
 
 
+def same_products(together, alone) -> None:
+    V = torch.randn(together.shape[0], 6, generator=torch.Generator().manual_seed(2))
+    exact = alone @ V
+    assert_close(together @ V, exact, rtol=0, atol=1e-12 * float(exact.abs().max()))
+
+
 def products_equal_those_of_one_process():
     for kind in OPERATORS:
         for method in ("double_backward", "forward_over_reverse"):
             together, alone = pair(kind, method=method)
-            dense = alone.to_dense()
-            assert_close(together.to_dense(), dense, rtol=0, atol=1e-12 * float(dense.abs().max()))
+            same_products(together, alone)
             assert_close(together.loss(), alone.loss(), rtol=1e-12, atol=0)
             assert_close(together.gradient(), alone.gradient(), rtol=0, atol=1e-12)
 
@@ -69,7 +76,7 @@ def sums_and_weights_are_added_up_too():
     together, alone = pair("hessian", nn.CrossEntropyLoss(reduction="sum"))
     v = torch.linspace(-1, 1, together.shape[0])
     assert_close(together @ v, alone @ v, rtol=0, atol=1e-11)
-    plain = lambda output, target: nn.functional.cross_entropy(output, target, reduction="sum")  # noqa: E731
+    plain = lambda output, target: F.cross_entropy(output, target, reduction="sum")  # noqa: E731
     together, alone = pair("hessian", plain, weight_fn=lambda batch: len(batch[1]) ** 0.5)
     assert_close(together @ v, alone @ v, rtol=0, atol=1e-11)
 
@@ -87,17 +94,72 @@ def every_estimate_is_that_of_one_process():
         assert_close(own, estimate(alone), rtol=1e-9, atol=1e-9)
 
 
+def part(rows: list[torch.Tensor], sizes: list[int]) -> list[tuple[torch.Tensor, ...]]:
+    """This process's rows of the data of all, in batches of at most three."""
+    own = [tensor.split(sizes)[RANK] for tensor in rows]
+    return [batch for batch in zip(*(tensor.split(3) for tensor in own), strict=True) if len(batch[0])]
+
+
+def samples_are_those_of_one_process():
+    x, logits = torch.randn(2, 21, 5, generator=torch.Generator().manual_seed(1)).unbind()
+    cases = {F.mse_loss: logits[:, :4], F.binary_cross_entropy_with_logits: logits[:, :4].sigmoid()}
+    cases[F.cross_entropy] = logits[:, :4].softmax(1)
+    for sizes in {2: [[8, 13], [21, 0]], 4: [[5, 0, 7, 9], [0, 20, 1, 0]]}[WORLD]:
+        for loss, y in cases.items():
+            options = {"mc_samples": 3, "seed": -5}
+            together = curvature.MonteCarloFisher(build(), loss, part([x, y], sizes), **options)
+            alone = curvature.MonteCarloFisher(build(), loss, [(x, y)], process_group=False, **options)
+            same_products(together, alone)
+
+
+def samples_follow_the_data_when_they_change():
+    batches = data()
+    own = batches[RANK : RANK + 1]  # a single batch: its graph is kept
+    together = curvature.MonteCarloFisher(build(), nn.CrossEntropyLoss(), own, method="double_backward")
+    for first in (0, 5, 3):  # the first process takes other batches, and the draws of all after it move
+        if RANK == 0:
+            own[:] = [batches[first]]
+        everything = [batches[first], *batches[1:WORLD]]
+        alone = curvature.MonteCarloFisher(build(), nn.CrossEntropyLoss(), everything, process_group=False)
+        for _ in range(2):
+            same_products(together, alone)
+
+
+class Growing:
+    """Data that are a batch more in every pass."""
+
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += RANK == 0
+        return iter(data()[: 1 + self.passes])
+
+
+def samples_of_unlike_processes_are_refused():
+    for batches, seed, message in ((Growing(), 0, "the same data in every pass"), (data(), RANK, "seed")):
+        M = curvature.MonteCarloFisher(build(), nn.CrossEntropyLoss(), batches, seed=seed)
+        try:
+            M @ torch.ones(M.shape[0])
+        except ValueError as error:
+            assert message in str(error)
+        else:
+            raise AssertionError("no error")
+
+
 def one_all_reduce_a_product():
-    together, _ = pair("hessian")
-    v = torch.ones(together.shape[0])
-    together @ v  # the first one also asks whether the processes agree
-    calls, original = [], dist.all_reduce
-    dist.all_reduce = lambda tensor, **options: (calls.append(tensor.numel()), original(tensor, **options))[1]
-    try:
-        together @ v
-    finally:
-        dist.all_reduce = original
-    assert len(calls) == 1 and calls[0] <= together.shape[0] + 4
+    for kind, extra in (("hessian", 4), ("monte carlo", 5)):
+        together, _ = pair(kind)
+        v = torch.ones(together.shape[0])
+        together @ v  # the first one also asks whether the processes agree
+        calls, reduce, gather = [], dist.all_reduce, dist.all_gather_object
+        dist.all_reduce = lambda tensor, **options: (calls.append(tensor.numel()), reduce(tensor, **options))[1]  # noqa: B023
+        dist.all_gather_object = None
+        try:
+            together @ v
+        finally:
+            dist.all_reduce, dist.all_gather_object = reduce, gather
+        assert len(calls) == 1 and calls[0] <= together.shape[0] + extra
 
 
 def an_error_on_one_process_ends_all():
@@ -131,7 +193,7 @@ def different_parameters_are_refused():
 
 def uneven_batches_of_unknown_weight_are_refused():
     batches = [data()[RANK]]  # even on each process, uneven over all
-    H = curvature.Hessian(build(), lambda output, target: nn.functional.cross_entropy(output, target), batches)
+    H = curvature.Hessian(build(), lambda output, target: F.cross_entropy(output, target), batches)
     try:
         H @ torch.ones(H.shape[0])
     except ValueError as error:
@@ -154,6 +216,9 @@ SCENARIOS = [
     products_equal_those_of_one_process,
     sums_and_weights_are_added_up_too,
     every_estimate_is_that_of_one_process,
+    samples_are_those_of_one_process,
+    samples_follow_the_data_when_they_change,
+    samples_of_unlike_processes_are_refused,
     one_all_reduce_a_product,
     an_error_on_one_process_ends_all,
     different_parameters_are_refused,

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,42 @@ def test_monte_carlo_fisher_is_one_matrix(name):
     values = torch.linalg.eigvalsh(dense)
     assert values.min() >= -1e-13 * values.max()
     torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("sizes", [[1, 4, 3], [2, 1, 5], [1] * 8, [7, 1]], ids=str)
+@pytest.mark.parametrize("name", ["mean", "squares", "probabilities"])
+def test_samples_are_those_of_any_split(name, sizes):
+    loss_fn, y = LIKELIHOODS[name]
+    model, x = mlp(), torch.randn(8, 4)
+    exact = MonteCarloFisher(model, loss_fn, [(x, y)], mc_samples=3).to_dense()
+    assert_same_operator(MonteCarloFisher(model, loss_fn, split(x, y, sizes), mc_samples=3), exact)
+
+
+def test_a_loss_in_between_draws_nothing():
+    model, data = mlp(), split(torch.randn(8, 4), CLASSES, [5, 3])
+    M = MonteCarloFisher(model, F.cross_entropy, data)
+    v = torch.ones(M.shape[0])
+    once = M @ v
+    M.loss(), M.gradient()
+    assert torch.equal(M @ v, once)
+
+
+def test_every_integer_is_a_seed_of_its_own():
+    model, data = mlp(), [(torch.randn(8, 4), REAL)]
+    seeds = [0, 1, -1, 2**64 - 1, 2**64, -(2**70), np.int64(7)]
+    products = [MonteCarloFisher(model, F.mse_loss, data, seed=s) @ torch.ones(35) for s in seeds]
+    assert len({tuple(product.tolist()) for product in products}) == len(seeds)
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        MonteCarloFisher(model, F.mse_loss, data, seed=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")  # torch's own
+def test_targets_without_a_draw_of_their_own_are_refused():
+    model, x = mlp(), torch.randn(8, 4)
+    with pytest.raises(ValueError, match=r"shape of the outputs, \(8, 3\), got \(8, 1\)"):
+        MonteCarloFisher(model, F.mse_loss, [(x, torch.zeros(8, 1))]).to_dense()
+    with pytest.raises(TypeError, match="expected a tensor as target, got list"):
+        MonteCarloFisher(model, F.cross_entropy, [(x, [0, 1, 2])]).to_dense()
 
 
 REFUSED = {

@@ -3,6 +3,7 @@
 import tempfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,7 @@ def test_fisher_behind_normalization(name, kind, method):
     F_op = kind(model, nn.CrossEntropyLoss(), [(x, y)], method=method)
     z = model(x)
     if kind is MonteCarloFisher:  # the documented draw: one uniform number a datum, through the distribution
-        uniform = torch.rand(5, 1, generator=torch.Generator().manual_seed(0))
+        uniform = torch.from_numpy(np.random.Generator(np.random.Philox(key=0)).random((5, 1)))
         y = (z.softmax(1).cumsum(1) < uniform).sum(1)
     J = jacobian(F.cross_entropy(z, y, reduction="none"), trainable(model))
     assert_same_operator(F_op, J.mT @ J / 5)

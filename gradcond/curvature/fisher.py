@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator
 from gradcond.curvature.loss_operator import Evaluation
 from gradcond.curvature.losses import TorchLoss
-from gradcond.curvature.operators import generator_from
 from gradcond.curvature.products import primal_and_tangent
 
 
@@ -52,15 +54,19 @@ class MonteCarloFisher(GaussNewtonOperator):
     logits as that of independent bits, squared error as that of a Gaussian of unit variance for (1/2) |z - y|^2
     (torch's, which has no 1/2 and a mean over outputs, of variance half the number averaged). Each datum of the
     empirical Fisher gets mc_samples targets and keeps its weight. Symmetric and positive semi-definite. Every
-    product uses the same samples; they follow the seed and the order of the data, not the batches (of several
-    processes each draws its own). Everything else, the other arguments included, is as in :class:`Hessian`.
+    product uses the same samples; they follow the seed and the order of the data, not the batches, nor how many
+    processes have them: the data of several follow each other as their ranks do. How many targets each has is
+    exchanged in the first pass, and again in any pass that finds another number; that pass is then taken twice.
+    Everything else, the other arguments included, is as in :class:`Hessian`.
 
     Args:
         mc_samples: targets drawn for each datum; the standard error falls as its square root.
-        seed: of the samples.
+        seed: of the samples, any integer; the same on every process, as mc_samples is.
 
     Raises:
-        ValueError: a loss that is none of the three.
+        TypeError: targets that are no tensors, or a seed that is no integer.
+        ValueError: a loss that is none of the three; targets of fewer or more entries than the outputs; of
+            several processes, one whose number of targets changes from pass to pass.
 
     References:
         J. Martens, New insights and perspectives on the natural gradient method, 2020, section 5.
@@ -76,7 +82,7 @@ class MonteCarloFisher(GaussNewtonOperator):
 
     def __init__(self, *args: Any, mc_samples: int = 1, seed: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.mc_samples, self.seed = mc_samples, seed
+        self.mc_samples, self.seed = mc_samples, operator.index(seed)
         if mc_samples < 1:
             raise ValueError(f"expected mc_samples >= 1, got {mc_samples}")
         self.objective.require_output(type(self).__name__)
@@ -86,31 +92,80 @@ class MonteCarloFisher(GaussNewtonOperator):
                 f"expected a loss that is a likelihood ({', '.join(_LIKELIHOODS)}; module or function), "
                 f"got {self.loss_fn}; GGN takes any loss"
             )
-        self._generator = generator_from(seed)
+        self._counts: list[int] = []  # how many numbers each process draws in a pass
+        self._count = 0  # and this one, so far in this pass
 
     def _settings(self) -> tuple[int, ...]:
-        return self.mc_samples, self.seed
+        return self.mc_samples, self.seed, self._before
+
+    def _same(self) -> dict[str, Any]:
+        return {**super()._same(), "mc_samples and seed": (self.mc_samples, self.seed)}
+
+    @property
+    def _before(self) -> int:
+        """Where the numbers of this process begin: after those of the lower ranks."""
+        return sum(self._counts[: self.processes.rank])
 
     def _mean(self, *args: Any) -> Tensor:
-        # every pass draws the same, and every process for itself
-        self._generator = generator_from(self.seed + (self.processes.rank << 32))
-        return super()._mean(*args)
+        for _ in range(2):
+            self._count, self._moved = 0, False
+            mean = super()._mean(*args)
+            if not self._moved:
+                return mean
+            self._counts = self.processes.gather(self._count)
+        raise ValueError(
+            "expected the same data in every pass, got another number of targets in each of two passes in a row"
+        )
+
+    def _add_up(self, total: Tensor, numbers: list[Any], error: Exception | None) -> tuple[Tensor, list[Any]]:
+        # does any process draw more or fewer numbers than the others think?
+        rank = self.processes.rank
+        moved = self._counts[rank : rank + 1] != [self._count]
+        total, (*numbers, moved) = super()._add_up(total, [*numbers, moved], error)
+        self._moved = bool(moved)
+        return total, numbers
+
+    def _evaluation(self, batch: Any) -> Evaluation:
+        evaluation = super()._evaluation(batch)
+        evaluation.start = self._before + self._count
+        self._count += self.mc_samples * self._numbers(batch)
+        return evaluation
+
+    def _numbers(self, batch: Any) -> int:
+        """How many a sample of every target takes: one for a class, one for every entry of other targets."""
+        loss, target = self.objective.torch_loss, self.objective.target(batch)
+        assert loss is not None
+        if not isinstance(target, Tensor):
+            raise TypeError(f"expected a tensor as target, got {type(target).__name__}: see target= of ModelLoss")
+        if loss.name == "cross_entropy" and not loss.has_class_targets(target):
+            target = target.select(min(target.ndim - 1, 1), 0)  # one class of all
+        return target.numel()
 
     def _tops(self, output: Any, batch: Any, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
         loss, target = self.objective.torch_loss, self.objective.target(batch)
         assert loss is not None
 
         def uniform(rows: int, numbers: int) -> Tensor:
+            if rows * numbers != self._numbers(batch):
+                shapes = tuple(output.shape), tuple(target.shape)
+                raise ValueError(f"expected targets of the shape of the outputs, {shapes[0]}, got {shapes[1]}")
             # drawn once a batch however often it is evaluated, on the CPU: the same on every device
             if evaluation.noise is None:
                 shape = (rows, self.mc_samples, numbers)
-                evaluation.noise = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+                evaluation.noise = _uniforms(self.seed, evaluation.start, shape)
             return evaluation.noise.to(output.device)
 
         _, evaluation.share = self.objective.of(output, batch)
         top = _LIKELIHOODS[loss.name](output, target, loss, uniform)
         scale = self.objective.scale(output, batch) / self.mc_samples
         return [top], lambda parts, batched: [scale * part for part in parts]
+
+
+def _uniforms(seed: int, start: int, shape: tuple[int, ...]) -> Tensor:
+    """Numbers in [0, 1): those of a seed form one sequence, here from ``start`` on."""
+    skipped = start % 4  # Philox makes four at a time
+    philox = np.random.Philox(key=seed % 2**128).advance(start // 4)
+    return torch.from_numpy(np.random.Generator(philox).random(skipped + math.prod(shape))[skipped:]).view(shape)
 
 
 # Each of these has, for each datum and sample, <s, z>: s is the slope of the datum's loss at a drawn target, times

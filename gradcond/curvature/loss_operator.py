@@ -36,6 +36,7 @@ class Evaluation:
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
         self.once = False  # it is evaluated no more than once from now on, for a single product
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
+        self.start = 0  # and its place among the numbers drawn for all data
         self._draws: Draws | None = None
 
     def __call__(
@@ -280,9 +281,13 @@ class LossOperator(Operator):
         sums = mean.sums
         if self.processes.several:
             kinds = self.processes.agree(self._same(), mean.kinds)
-            total, sums = self.processes.add_up(total, sums, error)
+            total, sums = self._add_up(total, sums, error)
             require_one_kind(kinds)
         return total.div_(divisor(*sums))
+
+    def _add_up(self, total: Tensor, numbers: list[Any], error: Exception | None) -> tuple[Tensor, list[Any]]:
+        """The sums over all processes."""
+        return self.processes.add_up(total, numbers, error)
 
     def _same(self) -> dict[str, Any]:
         """What must be the same on every process."""

@@ -65,6 +65,12 @@ class Processes:
             raise RuntimeError(f"the product failed on {failed:.0f} other processes; the error stands there")
         return flat[: total.numel()].view_as(total), sums
 
+    def gather(self, own: Any) -> list[Any]:
+        """What every process has, in the order of their ranks."""
+        everyone: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(everyone, own, group=self.group)
+        return everyone
+
     def agree(self, same: dict[str, Hashable], kinds: set[Hashable]) -> set[Hashable]:
         """The kinds of batches of all processes; once, the first time, and after that this process's own.
 
@@ -73,8 +79,7 @@ class Processes:
         """
         if self._agreed:
             return kinds
-        everyone: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, (same, kinds), group=self.group)
+        everyone = self.gather((same, kinds))
         for name, value in same.items():
             others = [own[name] for own, _ in everyone]
             if any(other != value for other in others):
