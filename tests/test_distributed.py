@@ -14,7 +14,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"
 
 def launch(processes, *command, timeout=80):
     """Runs a script under torchrun; a deadlock ends by the timeout, and a failure shows every rank's traceback."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}  # this package, no other
     run = subprocess.Popen(
         [*TORCHRUN, f"--nproc_per_node={processes}", *map(str, command)],
         stdout=subprocess.PIPE,
