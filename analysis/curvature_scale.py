@@ -10,11 +10,12 @@ Without --growth the sizes are small, and end in seconds.
 
 Network: the five largest eigenvalues, each certified, and a density, with a progress bar; before them the time they
 will take is told. Memory is the rise of the highest resident size over what the program held with network and data
-loaded. A product is measured first on half a batch and on a whole one: what grows is the activations, what does not
-is told apart from them. What eigenpairs and density then take beyond activations and basis is given in gradients,
-vectors of as many numbers as there are parameters; 3 are the aim. The network is in eval mode as it is initialized,
-or as --checkpoint left it ({"model": state}); --images is an .npz with x_train (N, 32, 32, 3) and y_train, --text
-any files, read as bytes. --out writes curvature_scale.json, and .npz with all numbers of the density.
+loaded. A product is measured first on two halves of a batch and on two whole ones: what grows is the activations,
+what does not is told apart from them. What eigenpairs and density then take beyond activations and basis is given
+in gradients, vectors of as many numbers as there are parameters; 3 are the aim. The network is in eval mode as it
+is initialized, or as --checkpoint left it ({"model": state}); --images is an .npz with x_train (N, 32, 32, 3) and
+y_train, --text any files, read as bytes. --out writes curvature_scale.json, and .npz with all numbers of the
+density.
 """
 
 from __future__ import annotations
@@ -96,14 +97,13 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     model = resnet18(nn.BatchNorm2d, False) if args.network == "resnet18" else large_gpt()
     if args.checkpoint is not None:
         model.load_state_dict(torch.load(args.checkpoint, weights_only=True)["model"])
-    return model.eval(), dataset(args, args.batch)
+    return model.eval(), dataset(args, args.batch, args.samples)
 
 
-def dataset(args: argparse.Namespace, batch: int) -> Any:
-    """The batches that were asked for."""
-    if args.network == "resnet18":
-        return Images(args.images, args.samples, batch)
-    return Text(args.text, args.samples, batch)
+def dataset(args: argparse.Namespace, batch: int, samples: int) -> Any:
+    """The first samples, at most as many as were asked for."""
+    kind, source = (Images, args.images) if args.network == "resnet18" else (Text, args.text)
+    return kind(source, min(samples, args.samples), batch)
 
 
 def network(args: argparse.Namespace) -> dict[str, Any]:
@@ -113,14 +113,13 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{args.network}, {n:,} parameters, {len(data)} batches of {args.batch}", flush=True)
     found = {"parameters": n, **one_product(model, data, args)}
     memory = partial(_memory, activations=found["activation_bytes"], gradient=4 * n)
-    options: dict[str, Any] = {"max_vectors": args.vectors}
+    H = curvature.Hessian(model, LOSS, data)
 
     def top(progress: Callable[[int], Any]) -> curvature.Eigenpairs:
-        H = curvature.Hessian(model, LOSS, data)
-        return curvature.eigsh(H, EIGENPAIRS, "LA", tol=args.tol, progress=progress, **options)
+        options: dict[str, Any] = {"tol": args.tol, "max_vectors": args.vectors, "progress": progress}
+        return curvature.eigsh(H, EIGENPAIRS, "LA", **options)
 
     def density(progress: Callable[[int], Any]) -> curvature.SpectralDensity:
-        H = curvature.Hessian(model, LOSS, data)
         return curvature.spectral_density(H, args.steps, args.probes, grid="symlog", progress=progress)
 
     with tqdm(total=EXPECTED, desc="eigenpairs", mininterval=1) as bar:
@@ -142,26 +141,23 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_product(model: nn.Module, data: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Its time, the activations of a batch, and what else it takes; prints how long the rest will last."""
+    """Its time, from that of two batches; the activations, and what else it takes; prints the time of all."""
     n = sum(p.numel() for p in model.parameters())
     v = torch.randn(n, generator=torch.Generator().manual_seed(0))
-    first, half = (next(iter(batches)) for batches in (data, dataset(args, args.batch // 2)))
-
-    def multiply(batches: Any) -> Tensor:
-        return curvature.Hessian(model, LOSS, batches) @ v
-
-    multiply([half])  # what is made once, before anything is measured
-    small, whole = (rise(partial(multiply, batches))[1] for batches in ([half], [first]))
+    halves, two = (dataset(args, batch, 2 * batch) for batch in (args.batch // 2, args.batch))
+    H = curvature.Hessian(model, LOSS, two)
+    curvature.Hessian(model, LOSS, halves) @ v  # what is made once, before anything is measured
+    small = rise(lambda: curvature.Hessian(model, LOSS, halves) @ v)[1]
+    whole = rise(lambda: H @ v)[1]
     activations = max(0, 2 * (whole - small))
-    H = curvature.Hessian(model, LOSS, data)
-    H @ v  # the first one may look for the best way
     start = time.perf_counter()
     H @ v
-    seconds, steps = time.perf_counter() - start, args.steps * args.probes
-    rest = (whole - activations) / (4 * n)
+    seconds = (time.perf_counter() - start) / len(two) * len(data)
+    rest, steps = (whole - activations) / (4 * n), args.steps * args.probes
     print(
-        f"a product: {seconds:.1f} s; activations of a batch {activations / 2**20:.0f} MB, the rest of a product "
-        f"{rest:.1f} gradients; about {seconds * (EXPECTED + steps) / 60:.0f} minutes for {EXPECTED} and {steps}",
+        f"a product: about {seconds:.1f} s; activations of a batch {activations / 2**20:.0f} MB, the rest of a "
+        f"product {rest:.1f} gradients; about {seconds * (EXPECTED + steps) / 60:.0f} minutes for {EXPECTED} and "
+        f"{steps}",
         flush=True,
     )
     return {"seconds_per_product": seconds, "activation_bytes": activations, "gradients_of_product": rest}
