@@ -109,6 +109,8 @@ def watching(blocks: Sequence[LayerBlock]) -> Iterator[Mapping[str, list[InputCo
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             with torch.no_grad():
                 groups = columns(layer, args, kwargs, output)
+            if not groups:
+                return
             own = seen.setdefault(layer.name, [InputCorrelation() for _ in groups])
             for correlation, rows in zip(own, groups, strict=True):
                 correlation.update(rows)

@@ -289,7 +289,46 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(folder, capsys, sp
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == before
 
 
-@pytest.mark.parametrize("options", [[], ["last.pt"], ["last.pt", "--problem", "p.py", "--units", "0"]])
+def test_the_picture_and_the_table_are_redrawn_from_the_file_alone(folder, capsys):
+    assert run(folder) == 0
+    table = capsys.readouterr().out.splitlines()
+    out = folder / "out"
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    for path in (folder / "problem.py", folder / "last.pt", out / "condition.png"):
+        path.unlink()
+    assert main(["--redraw", "--out", str(out)]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[:-1] == table[:-1] and again[-1] == f"wrote {out}/condition.png"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+BAD_FILES = {
+    "none": (None, ["no ", "condition.json", "--redraw needs"]),
+    "damaged": ("{", ["condition.json is damaged", "measure again"]),
+    "format": ('{"format": 2}', ['"format": 1', "measure again"]),
+}
+
+
+@pytest.mark.parametrize("text, words", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_that_cannot_be_redrawn_is_told(tmp_path, capsys, text, words):
+    if text is not None:
+        (tmp_path / "condition.json").write_text(text)
+    before = sorted(tmp_path.iterdir())
+    assert main(["--redraw", "--out", str(tmp_path)]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and all(word in stderr for word in words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+BAD_OPTIONS = {
+    "nothing": [],
+    "no problem": ["last.pt"],
+    "no units": ["last.pt", "--problem", "p.py", "--units", "0"],
+    "both": ["last.pt", "--problem", "p.py", "--redraw"],
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 def test_options_are_checked(tmp_path, options):
     with pytest.raises(SystemExit) as caught:
         main([*options, "--out", str(tmp_path / "out")])
