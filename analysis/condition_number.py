@@ -32,7 +32,7 @@ from command import labels, read_json, require_folder, write_json
 from condition_figure import draw
 from condition_table import print_table
 from conditions import Conditions
-from input_correlation import LARGEST, condition, watching
+from input_correlation import LARGEST, condition, too_wide, watching
 from layer_blocks import LayerBlock, find_blocks
 from matrices import DTYPES, add_options, matrix_at, model_at, parse_options, positive, saved_preconditioner
 from problems import Problem, load_problem, to
@@ -108,7 +108,7 @@ def analyse_one(
     model, factors, notes = prepare(problem, checkpoint, args)
     matrix, loss = matrix_at(problem, model, data, args)
     blocks = find_blocks(matrix.model)
-    wide = [block.name for block in blocks if block.layer is not None and block.layer.fan_in > LARGEST]
+    wide = [block.name for block in blocks if block.layer is not None and too_wide(block.layer)]
     if wide:
         notes.append(f"{', '.join(wide)}: no correlation of more than {LARGEST} inputs")
     bar.total = bar.n + left * _products(blocks, len(factors), args)
