@@ -74,6 +74,23 @@ def write_json(path: Path, value: Any) -> None:
         file.write(f"{text}\n".encode())
 
 
+def read_json(path: Path, version: int) -> dict[str, Any]:
+    """Return the report that an earlier run wrote as "format": `version`.
+
+    Raises:
+        InputError: if the file is missing, damaged or of another format.
+    """
+    if not path.is_file():
+        raise InputError(f"no {path}; --redraw needs that of an earlier run")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); measure again") from error
+    if not isinstance(report, dict) or report.get("format") != version:
+        raise InputError(f'{path} must have "format": {version}; measure again with this version')
+    return report
+
+
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write named arrays, as numpy.savez does."""
     with replacing(path) as file:

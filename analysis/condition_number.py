@@ -1,6 +1,7 @@
 """Print condition numbers at checkpoints, before and after preconditioning, per layer and per output unit.
 
     python analysis/condition_number.py CKPT... --problem FILE.py --out DIR [--operator ggn] [...]
+    python analysis/condition_number.py --redraw --out DIR
 
 FILE.py defines build_model(), load_data() and loss_fn (see problems.py); a CKPT is what torch.save wrote (see
 checkpoints.py). Each row is a part of the parameters and each column a matrix on it: H itself; P^T H P for the
@@ -14,30 +15,32 @@ condition.json  "format": 1; settings, versions; per checkpoint label, path, los
                 median and max of kappa as [at least, at most]) and "input_correlation". The first block is all
                 parameters. Strict JSON: NaN and infinity are null.
 condition.png   kappa by layer, drawn from this file alone.
+
+A run that was interrupted or killed goes on when the same command is given again, with the same outcome: what it
+has measured waits in DIR/unfinished until all is written. --redraw prints the table and draws it from the file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
-from command import labels, require_folder, write_json
+from command import labels, read_json, require_folder, write_json
 from condition_figure import draw
 from condition_table import print_table
 from conditions import Conditions
-from input_correlation import LARGEST, condition, watching
+from input_correlation import LARGEST, condition, too_wide, watching
 from layer_blocks import LayerBlock, find_blocks
-from matrices import DTYPES, add_options, matrix_at, model_at, positive, saved_preconditioner
+from matrices import DTYPES, add_options, matrix_at, model_at, parse_options, positive, saved_preconditioner
 from problems import Problem, load_problem, to
 from spectra import Numbers
 from spectrum_files import versions
 from torch import nn
 from tqdm import tqdm
+from unfinished import INTERRUPTED, Unfinished, forget, identity
 
 from gradcond import curvature
 
@@ -52,14 +55,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_options(parser.add_argument)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets condition.json and .png")
     parser.add_argument(
         "--units", type=positive, default=8, metavar="K", help="output units of a layer where not all are exact"
     )
-    args = parser.parse_args(argv)
-    if not (args.checkpoints and args.problem):
-        parser.error("expected CKPT... and --problem FILE.py")
-    return args
+    return parse_options(parser, argv)
 
 
 def analyse(args: argparse.Namespace) -> Numbers:
@@ -109,16 +108,16 @@ def analyse_one(
     model, factors, notes = prepare(problem, checkpoint, args)
     matrix, loss = matrix_at(problem, model, data, args)
     blocks = find_blocks(matrix.model)
-    with watching(blocks) as correlations:
-        matrix.loss()
-    wide = [block.name for block in blocks if block.layer is not None and block.layer.fan_in > LARGEST]
+    wide = [block.name for block in blocks if block.layer is not None and too_wide(block.layer)]
     if wide:
         notes.append(f"{', '.join(wide)}: no correlation of more than {LARGEST} inputs")
     bar.total = bar.n + left * _products(blocks, len(factors), args)
     bar.refresh()
+    unfinished = Unfinished(args.out, "condition", *identity(problem, checkpoint, model, loss, args))
     conditions = Conditions(
         matrix,
         factors,
+        unfinished,
         exact_below=args.exact_below,
         max_matvecs=args.kappa_matvecs,
         seed=args.seed,
@@ -126,19 +125,20 @@ def analyse_one(
     )
     whole = {"name": "all", "kind": "", "parameters": matrix.shape[0], "kappa": conditions.of_all()}
     entries = [whole | {"units": None, "input_correlation": None}]
-    for block in blocks:
+    correlations = unfinished("inputs", "correlation", lambda: _correlations(matrix, blocks))
+    for place, (block, correlation) in enumerate(zip(blocks, correlations, strict=True)):
         bar.set_postfix_str(block.name)
-        groups = correlations.get(block.name)
         entries.append(
             {
                 "name": block.name,
                 "kind": block.kind,
                 "parameters": len(block.index),
-                "kappa": conditions.of_block(block.index),
-                "units": conditions.of_units(block, args.units) if block.units else None,
-                "input_correlation": condition(groups) if groups else None,
+                "kappa": conditions.of_block(f"{place}", block.index),
+                "units": conditions.of_units(f"{place}", block, args.units) if block.units else None,
+                "input_correlation": correlation,
             }
         )
+    unfinished.tell(checkpoint.path)
     return {
         "parameters": matrix.shape[0],
         "loss": loss,
@@ -146,6 +146,13 @@ def analyse_one(
         "variants": list(factors),
         "blocks": entries,
     }
+
+
+def _correlations(matrix: Any, blocks: Sequence[LayerBlock]) -> list[Numbers | None]:
+    """Return what is told of the inputs of each block, from one pass over the data."""
+    with watching(blocks) as seen:
+        matrix.loss()
+    return [condition(seen[b.name]) if b.layer is not None and b.name in seen else None for b in blocks]
 
 
 def _products(blocks: Sequence[LayerBlock], variants: int, args: argparse.Namespace) -> int:
@@ -163,16 +170,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         require_folder(args.out)
-        report = analyse(args)
+        path = args.out / "condition.json"
+        if not args.redraw:
+            report = analyse(args)
+            write_json(path, {"format": FORMAT, "versions": versions(), **report})
+            forget(args.out, "condition")
+        report = read_json(path, FORMAT)  # as a redrawing will see it
     except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
         print(f"error: {error}", file=sys.stderr)
         return 2
-    path = args.out / "condition.json"
-    write_json(path, {"format": FORMAT, "versions": versions(), **report})
-    report = json.loads(path.read_text(encoding="utf-8"))  # as a reader will see it
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        return 130
     print_table(report)
     draw(report, args.out / "condition.png")
-    print(f"wrote {args.out}/condition.{{json,png}}")
+    print(f"wrote {args.out}/condition.{'png' if args.redraw else '{json,png}'}")
     return 0
 
 

@@ -26,7 +26,8 @@ def print_table(report: Mapping[str, Any]) -> None:
                 rows.append((f"  {_units(block['units'])}", "", *spans, ""))
         _print_aligned(rows)
     print("kappa = max|lambda| / min|lambda| over what is not zero; of output units smallest / median / largest")
-    print("corr(input): kappa of the correlation matrix of the layer's inputs, the floor of BNP")
+    print("corr(input): kappa of the correlation matrix of the layer's inputs, the floor of BNP;")
+    print("             where there is no bias, of what BNP leaves of their second moments")
 
 
 def title(block: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +25,9 @@ class Conditions:
     m <= max_matvecs.
 
     Args:
-        matrix: the operator H.
+        matrix: the operator H; it is written out when the first number is measured.
         factors: P of each variant, None for H itself.
+        keep: `keep(variant, name, measure)` returns what `measure()` does, or what an earlier run has kept of it.
         exact_below: see above.
         max_matvecs: most products for an estimate.
         seed: of its random start.
@@ -36,44 +38,65 @@ class Conditions:
         self,
         matrix: Any,
         factors: Mapping[str, Any],
+        keep: Callable[[str, str, Callable[[], Numbers]], Numbers],
         *,
         exact_below: int,
         max_matvecs: int,
         seed: int,
         report: Callable[[int], Any],
     ) -> None:
+        self.H, self.factors, self.keep = matrix, factors, keep
         self.exact = matrix.shape[0] <= exact_below
-        self.max_matvecs, self.seed = max_matvecs, seed
+        self.max_matvecs, self.seed, self.report = max_matvecs, seed, report
         self.options: Any = {} if self.exact else {"progress": report}
-        if self.exact:
-            matrix.check_deterministic()
-            matrix = matrix.to_dense(progress=report)
         self.matrices: dict[str, Any] = {}
-        for name, P in factors.items():
-            K = matrix if P is None else curvature.Preconditioned(matrix, P)
-            self.matrices[name] = K.to_dense() if self.exact and P is not None else K
 
     def of_all(self) -> Numbers:
         """Return the numbers of the whole matrix, by variant."""
-        return {name: self._numbers(matrix) for name, matrix in self.matrices.items()}
+        return self._by_variant("all", self._matrix, None)
 
-    def of_block(self, index: Tensor) -> Numbers:
-        """Return the numbers of the sub-block at these places, by variant."""
-        return {name: self._numbers(_block(matrix, index)) for name, matrix in self.matrices.items()}
+    def of_block(self, name: str, index: Tensor) -> Numbers:
+        """Return the numbers of the sub-block at these places, by variant; `name` is what they are kept under."""
+        return self._by_variant(name, self._matrix, index)
 
-    def of_units(self, block: LayerBlock, most: int) -> Numbers:
+    def of_units(self, name: str, block: LayerBlock, most: int) -> Numbers:
         """Return the numbers of a layer's output units, of up to `most` where the matrix is not written out."""
         count = len(block.units)
         chosen = range(count) if self.exact else np.unique(np.linspace(0, count - 1, most).round().astype(int))
         # within the layer's block, so that a product costs what the layer does
-        layer = {name: _block(matrix, block.index) for name, matrix in self.matrices.items()}
+        layer = functools.cache(lambda variant: _block(self._matrix(variant), block.index))
         rows = [torch.searchsorted(block.index, block.units[unit]) for unit in chosen]
-        measured = [{name: self._numbers(_block(own, row)) for name, own in layer.items()} for row in rows]
+        measured = [self._by_variant(f"{name}-{unit}", layer, row) for unit, row in zip(chosen, rows, strict=True)]
         return {
             "count": count,
             "measured": [int(unit) for unit in chosen],
-            "kappa": {name: _listed([numbers[name] for numbers in measured]) for name in self.matrices},
+            "kappa": {variant: _listed([numbers[variant] for numbers in measured]) for variant in self.factors},
         }
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        if not self.exact:
+            return self.H
+        self.H.check_deterministic()
+        return self.H.to_dense(progress=self.report)
+
+    def _matrix(self, variant: str) -> Any:
+        P = self.factors[variant]
+        if P is None:
+            return self._plain
+        if variant not in self.matrices:
+            K = curvature.Preconditioned(self._plain, P)
+            self.matrices[variant] = K.to_dense() if self.exact else K
+        return self.matrices[variant]
+
+    def _by_variant(self, name: str, matrix: Callable[[str], Any], index: Tensor | None) -> Numbers:
+        """The numbers of a matrix, or of its sub-block, by variant: what is kept is not even made."""
+
+        def measure(variant: str) -> Numbers:
+            whole = matrix(variant)
+            return self._numbers(whole if index is None else _block(whole, index))
+
+        return {variant: self.keep(variant, name, functools.partial(measure, variant)) for variant in self.factors}
 
     def _numbers(self, matrix: Any) -> Numbers:
         exact = self.exact or matrix.shape[0] <= self.max_matvecs

@@ -30,21 +30,20 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
 from command import InputError, labels, require_folder
-from matrices import DTYPES, add_options, matrix_at, model_at, positive, saved_preconditioner
+from matrices import DTYPES, add_options, matrix_at, model_at, parse_options, positive, saved_preconditioner
 from problems import Problem, load_problem, to
 from spectra import Arrays, Numbers, measure, measure_exact
 from spectrum_figure import draw
-from spectrum_files import read, versions, write
+from spectrum_files import read, write
 from spectrum_table import VARIANTS, print_table
 from torch import nn
 from tqdm import tqdm
 from trajectory_figure import draw_trajectory
-from unfinished import Unfinished, forget
+from unfinished import INTERRUPTED, Unfinished, forget, identity
 
 from gradcond import curvature
 
@@ -67,18 +66,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add_options(add)
-    add("--out", type=Path, required=True, metavar="DIR", help="gets spectrum.json, .npz and .png")
-    add("--redraw", action="store_true", help="only draw the pictures again from the other two files")
     add("--preconditioned", action="store_true", help="also of P^T H P, P from the saved optimizer")
     add("--num-matvecs", type=positive, default=80, metavar="M", help="products per probe of the density")
     add("--num-probes", type=positive, default=5, metavar="K", help="random probes of the density")
     add("--top", type=positive, default=5, metavar="K", help="eigenvalues at each end")
-    args = parser.parse_args(argv)
-    if args.redraw == bool(args.checkpoints or args.problem):
-        parser.error("expected CKPT... and --problem FILE.py, or --redraw and neither")
-    if not args.redraw and not (args.checkpoints and args.problem):
-        parser.error(f"expected {'--problem FILE.py' if args.checkpoints else 'at least one CKPT'} as well")
-    return args
+    return parse_options(parser, argv)
 
 
 def analyse(args: argparse.Namespace) -> tuple[Numbers, Arrays]:
@@ -131,7 +123,7 @@ def analyse_one(
     hessian, loss = matrix_at(problem, model, data, args)
     entry: Numbers = {"parameters": hessian.shape[0], "loss": loss, "notes": notes}
     arrays: Arrays = {}
-    unfinished = Unfinished(args.out, before.key, *identity(problem, checkpoint, args), loss.hex(), versions())
+    unfinished = Unfinished(args.out, "spectrum", before.key, *identity(problem, checkpoint, model, loss, args))
     before.key = unfinished.key
 
     @functools.cache
@@ -153,20 +145,13 @@ def analyse_one(
             options = {name: getattr(args, name) for name in MEASURED}
             entry[variant], own = measure(operator(), keep, before.pairs[variant], **options, report=report)
         arrays |= {f"{variant}/{name}": values for name, values in own.items()}
-    if unfinished.found:
-        tqdm.write(f"{checkpoint.path}: {unfinished.found} results are of the run that was interrupted")
+    unfinished.tell(checkpoint.path)
     return entry, arrays
 
 
 def conditioned(matrix: Callable[[], Any], factor: Any) -> Any:
     """Return H, or P^T H P when there is a factor P."""
     return matrix() if factor is None else curvature.Preconditioned(matrix(), factor)
-
-
-def identity(problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace) -> list[Any]:
-    """Return what the results of a checkpoint depend on: options and the contents of both files."""
-    options = {key: value for key, value in vars(args).items() if key not in ("checkpoints", "problem", "out")}
-    return [options, problem.path.read_bytes(), checkpoint.path.read_bytes()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,11 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     if not args.redraw:
         write(args.out, report, arrays)
-        forget(args.out)
+        forget(args.out, "spectrum")
         report, arrays = read(args.out)  # as a redrawing will see them
         print_table(report)
     draw(report, arrays, args.out / "spectrum.png")

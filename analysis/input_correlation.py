@@ -2,7 +2,13 @@
 
 Under squared error the Gauss-Newton block of a dense layer's unit is H^T H with rows [1, h]. With exact statistics
 and no damping BNP leaves the correlation matrix of h, and a one for the bias; so kappa of the correlation matrix
-is what remains, and only whitening (K-FAC) goes below.
+is what remains, and only whitening (K-FAC) goes below. Without a trainable bias the mean stays in the rows: with C
+this correlation matrix and v the means over the deviations, kappa is that of what BNP leaves there,
+
+    (I + v v^T)^-1/2 (C + v v^T) (I + v v^T)^-1/2
+
+(a batch norm that follows and takes the mean out is not looked at). In a recurrent layer H^T H is not all of the
+block, as the steps of a sequence meet; what is told is of the rows [x_t, h_{t-1}] that BNP scales.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from input_rows import input_rows
 from layer_blocks import LayerBlock
 from torch import Tensor
 from torch.nn import functional
@@ -30,6 +37,9 @@ class InputCorrelation:
     QR decompositions of the rows under the factor so far square nothing, so that condition numbers up to 1/eps^2
     are told, where those of the matrix itself end at 1/eps.
 
+    Args:
+        bias: has the layer one? Without, it is the matrix that is left in its place.
+
     >>> correlation = InputCorrelation()
     >>> correlation.update(torch.tensor([[0.0, 1.0], [2.0, 2.0]]))
     >>> correlation.update(torch.tensor([[4.0, 1.0], [2.0, 0.0]]))
@@ -37,14 +47,15 @@ class InputCorrelation:
     tensor([1., 1.], dtype=torch.float64)
     """
 
-    def __init__(self) -> None:
-        self.rows, self.pieces, self.eps = 0, 0, 0.0
+    def __init__(self, bias: bool = True) -> None:
+        self.bias, self.rows, self.pieces, self.eps = bias, 0, 0, 0.0
 
     def update(self, x: Tensor) -> None:
         """Take the rows of x, (rows, inputs), too."""
         self.eps = max(self.eps, torch.finfo(x.dtype).eps)
         x = x.detach().to("cpu", torch.float64)
         if not self.rows:
+            self.inputs = x.shape[1]
             self.factor = x.new_zeros(0, x.shape[1] + 1)
         for piece in torch.cat([torch.ones(len(x), 1, dtype=x.dtype), x], 1).split(self._height(x.shape[1])):
             self.factor = torch.linalg.qr(torch.cat([self.factor, piece]), mode="r").R
@@ -63,7 +74,10 @@ class InputCorrelation:
         varies = deviation > FLOOR * self.eps * size
         if not bool(varies.any()):
             return own.new_zeros(0), 0.0
-        values = torch.linalg.svdvals(own[:, varies] / own[:, varies].norm(dim=0))
+        scaled = own[:, varies] / own[:, varies].norm(dim=0)
+        if not self.bias:
+            scaled = _with_mean(scaled, (mean / deviation)[varies])
+        values = torch.linalg.svdvals(scaled)
         values = functional.pad(values, (0, int(varies.sum()) - len(values)))  # zero where rows are few
         # rounding of the inputs, one by one, and of the decompositions, column by column
         inputs = self.eps * (1 + (len(values) / self.rows) ** 0.5)
@@ -71,15 +85,61 @@ class InputCorrelation:
         return values, float((size / deviation)[varies].max()) * (inputs + decompositions)
 
 
-def condition(groups: Sequence[InputCorrelation], tol: float = 1e-2) -> dict[str, Any]:
-    """Return kappa of the correlation matrices of all groups, over the nonzero eigenvalues.
+def _with_mean(scaled: Tensor, v: Tensor) -> Tensor:
+    """A factor of W (Z^T Z + v v^T) W, W = (I + v v^T)^-1/2 = I - v v^T / (root (root + 1)), from Z."""
+    root = (1 + v.dot(v)).sqrt()
+    return torch.cat([v[None] / root, scaled - torch.outer(scaled @ v, v / (root * (root + 1)))])
+
+
+class OneHotCorrelation:
+    """What is left of one-hot rows without a bias, such as those of an embedding, from how often each index comes.
+
+    For frequencies p the second moments are diag(p), the variances p (1 - p). What BNP leaves of these is similar
+    to the inverse of diag(1 - p) + s s^T, s = sqrt(p), whose eigenvalues are at most 2. One index stands for all
+    that are as frequent, as the rest of them have 1 - p itself: at most sqrt(2 rows) are left, whatever the size of
+    the vocabulary. Indices that never come, or always, do not vary and are left out. The padding index is the zero
+    row.
+
+    >>> correlation = OneHotCorrelation(5)
+    >>> correlation.update(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+    >>> (1 / correlation.spectrum()[0] ** 2).round(decimals=6)
+    tensor([1.7500, 0.7500, 0.7500, 0.7500], dtype=torch.float64)
+    """
+
+    def __init__(self, inputs: int, padding: int | None = None) -> None:
+        self.inputs, self.padding, self.rows = inputs, padding, 0
+        self.counts = torch.zeros(inputs, dtype=torch.long)
+
+    def update(self, x: Tensor) -> None:
+        """Take the indices x, (rows,), too."""
+        self.counts += torch.bincount(x.cpu(), minlength=self.inputs)
+        self.rows += len(x)
+
+    def spectrum(self) -> tuple[Tensor, float]:
+        """Return the square roots of the eigenvalues of those inputs that vary, and the error of each."""
+        counts = self.counts.clone()
+        if self.padding is not None:
+            counts[self.padding] = 0
+        counts, equal = counts[(counts > 0) & (counts < self.rows)].unique(return_counts=True)
+        if not len(counts):
+            return torch.zeros(0, dtype=torch.float64), 0.0
+        p, rest = counts.double() / self.rows, (self.rows - counts).double() / self.rows
+        s = (equal * p).sqrt()
+        inverse = torch.linalg.eigvalsh(torch.diag(rest) + torch.outer(s, s))
+        values = torch.cat([inverse.flip(0), rest.repeat_interleave(equal - 1)]).rsqrt()
+        # that of the inverse is eps x its size and the decomposition's length
+        return values, torch.finfo(torch.float64).eps * len(p) * float(values.max()) ** 3
+
+
+def condition(groups: Sequence[InputCorrelation | OneHotCorrelation], tol: float = 1e-2) -> dict[str, Any]:
+    """Return kappa of the matrices of all groups together, over the nonzero eigenvalues.
 
     Inputs that vary by no more than rounding are left out. ``kappa`` is nan and ``resolved`` False where rounding
     hides the smallest eigenvalue; ``kappa_lower_bound`` holds in any case.
     """
     spectra = [group.spectrum() for group in groups]
     values, error = torch.cat([own for own, _ in spectra]), max(error for _, error in spectra)
-    inputs = sum(group.factor.shape[1] - 1 for group in groups)
+    inputs = sum(group.inputs for group in groups)
     floor, kappa, bound = FLOOR * error, math.nan, 1.0
     above = values[values > floor]
     if len(above):
@@ -99,17 +159,30 @@ def condition(groups: Sequence[InputCorrelation], tol: float = 1e-2) -> dict[str
     }
 
 
+def too_wide(layer: Layer) -> bool:
+    """Return whether a layer's inputs are too many to be watched."""
+    return layer.fan_in > LARGEST and not layer.one_hot
+
+
+def _correlation(layer: Layer) -> InputCorrelation | OneHotCorrelation:
+    if layer.one_hot:
+        return OneHotCorrelation(layer.inputs, getattr(layer.module, "padding_idx", None))
+    return InputCorrelation(bias=any(bias.requires_grad for bias in layer.biases))
+
+
 @contextmanager
-def watching(blocks: Sequence[LayerBlock]) -> Iterator[Mapping[str, list[InputCorrelation]]]:
+def watching(blocks: Sequence[LayerBlock]) -> Iterator[Mapping[str, list[Any]]]:
     """Gather, in the forward passes inside, the correlation of the inputs of each layer with rows, by group."""
-    seen: dict[str, list[InputCorrelation]] = {}
+    seen: dict[str, list[Any]] = {}
     handles = []
 
     def watch(layer: Layer) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
             with torch.no_grad():
-                groups = columns(layer, args, kwargs, output)
-            own = seen.setdefault(layer.name, [InputCorrelation() for _ in groups])
+                groups = input_rows(layer, args, kwargs, output)
+            if not groups:
+                return
+            own = seen.setdefault(layer.name, [_correlation(layer) for _ in groups])
             for correlation, rows in zip(own, groups, strict=True):
                 correlation.update(rows)
 
@@ -118,32 +191,9 @@ def watching(blocks: Sequence[LayerBlock]) -> Iterator[Mapping[str, list[InputCo
     try:
         for block in blocks:
             layer = block.layer
-            if layer is not None and layer.fan_in <= LARGEST:
+            if layer is not None and not too_wide(layer):
                 handles.append(layer.module.register_forward_hook(watch(layer), with_kwargs=True))
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def columns(layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[Tensor]:
-    """Return what the rows of a layer's weight are multiplied by in one call: for each group (rows, fan_in).
-
-    Nothing for layers whose input is known by indices or by its moments alone.
-    """
-    x = layer.observe(layer.module, args, kwargs, output)
-    if not isinstance(x, Tensor) or layer.one_hot or x.numel() == 0 or (layer.taps and not layer.convolution):
-        return []
-    if not layer.taps:
-        return [x.reshape(-1, layer.inputs)]
-    # the unfolded input is the convolution with the identity
-    module, taps = layer.module, layer.taps
-    weight = torch.eye(layer.fan_in, dtype=x.dtype, device=x.device).view(layer.fan_in, -1, *layer.kernel)
-    if layer.transposed:
-        weight = weight.transpose(0, 1).repeat(layer.groups, *[1] * (taps + 1))
-        geometry = module.stride, module.padding, module.output_padding, layer.groups, module.dilation
-        unfolded = getattr(functional, f"conv_transpose{taps}d")(x, weight, None, *geometry)
-    else:
-        unfolded = module._conv_forward(x, weight.repeat(layer.groups, *[1] * (taps + 1)), None)
-    unfolded = unfolded.movedim(-1 - taps, -1).reshape(-1, layer.groups, layer.fan_in)
-    return list(unfolded.unbind(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "as-is": None}
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """Add the options that say which matrix, where and how it is computed."""
+    """Add the options that say which matrix, where and how it is computed, and where the files are."""
     add("checkpoints", nargs="*", type=Path, metavar="CKPT", help="file that torch.save wrote")
     add("--problem", type=Path, metavar="FILE.py", help="defines build_model(), load_data(), loss_fn")
     add("--operator", choices=OPERATORS, default="hessian", help="the matrix H")
@@ -41,6 +41,18 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--kappa-matvecs", type=positive, default=200, metavar="M", help="most products for kappa")
     add("--exact-below", type=int, default=4000, metavar="N", help="no estimates up to N parameters")
     add("--seed", type=int, default=0, help="of probes, start vectors and shuffled data")
+    add("--out", type=Path, required=True, metavar="DIR", help="gets the numbers and the pictures")
+    add("--redraw", action="store_true", help="only draw the pictures again from the numbers in DIR")
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options; those of `add_options` are to name checkpoints and a problem, or --redraw alone."""
+    args = parser.parse_args(argv)
+    if args.redraw == bool(args.checkpoints or args.problem):
+        parser.error("expected CKPT... and --problem FILE.py, or --redraw and neither")
+    if not args.redraw and not (args.checkpoints and args.problem):
+        parser.error(f"expected {'--problem FILE.py' if args.checkpoints else 'at least one CKPT'} as well")
+    return args
 
 
 def positive(text: str) -> int:

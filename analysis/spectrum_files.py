@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 
 import numpy as np
 import scipy
 import torch
-from command import InputError, write_json, write_npz
+from command import InputError, read_json, write_json, write_npz
 from spectra import Arrays, Numbers
 
 from gradcond import __version__
@@ -36,16 +35,12 @@ def read(folder: Path) -> tuple[Numbers, Arrays]:
     Raises:
         InputError: if a file is missing, damaged or of another format.
     """
-    json_path, npz_path = folder / "spectrum.json", folder / "spectrum.npz"
-    for path in (json_path, npz_path):
-        if not path.is_file():
-            raise InputError(f"no {path}; --redraw needs spectrum.json and spectrum.npz of an earlier run")
+    report, path = read_json(folder / "spectrum.json", FORMAT), folder / "spectrum.npz"
+    if not path.is_file():
+        raise InputError(f"no {path}; --redraw needs that of an earlier run")
     try:
-        report = json.loads(json_path.read_text(encoding="utf-8"))
-        with np.load(npz_path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except Exception as error:
-        raise InputError(f"{folder}: spectrum.json or .npz is damaged ({error}); measure again") from error
-    if not isinstance(report, dict) or report.get("format") != FORMAT:
-        raise InputError(f'{json_path} must have "format": {FORMAT}; measure again with this version')
+        raise InputError(f"{path} is damaged ({error}); measure again") from error
     return report, arrays

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from dense import places, unfolded
+from scipy.optimize import linear_sum_assignment
+from test_recurrent import build, sequences_of, starts, unrolled
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
 import gradcond
@@ -18,7 +21,8 @@ from gradcond import curvature
 sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 
 from condition_number import main
-from input_correlation import InputCorrelation, columns, condition, watching
+from input_correlation import InputCorrelation, condition, watching
+from input_rows import input_rows
 from layer_blocks import find_blocks
 from problems import load_problem
 
@@ -183,10 +187,19 @@ def load_data():
 
 loss_fn = nn.MSELoss()
 """
+TOKENS = "h = torch.cat([torch.arange(5), (20 * torch.rand(55, generator=g) ** 3).long() % 5])"
+UNITS = {
+    "bias": SQUARES,
+    "no bias": SQUARES.replace("Linear(5, 2)", "Linear(5, 2, bias=False)"),
+    "frozen bias": SQUARES + "\nbuild = build_model\ndef build_model():\n    model = build()\n"
+    "    model.bias.requires_grad_(False)\n    return model\n",
+    "embedding": SQUARES.replace("Linear", "Embedding").replace("    return [(h", f"    {TOKENS}\n    return [(h"),
+}
 
 
-def test_t26_bnp_reaches_its_floor_and_no_further(folder, capsys):
-    (folder / "problem.py").write_text(SQUARES)
+@pytest.mark.parametrize("text", UNITS.values(), ids=UNITS)
+def test_t26_bnp_reaches_its_floor_and_no_further(folder, capsys, text):
+    (folder / "problem.py").write_text(text)
     exact = gradcond.BNP(decay=0, eps=0, eps_rel=0)
     train(folder, torch.optim.SGD, [exact], steps=1, name="squares.pt")
     assert run(folder, "--operator", "ggn", checkpoints=["squares.pt"]) == 0
@@ -196,7 +209,8 @@ def test_t26_bnp_reaches_its_floor_and_no_further(folder, capsys):
     floor = block["input_correlation"]["kappa"]
     assert block["kappa"]["BNP"]["kappa"] == pytest.approx(floor, rel=1e-6)
     assert block["units"]["kappa"]["BNP"]["kappa"] == pytest.approx([floor] * 2, rel=1e-6)
-    assert block["kappa"]["plain"]["kappa"] > 1e3 * floor
+    if "Linear" in text:
+        assert block["kappa"]["plain"]["kappa"] > 1e3 * floor
 
 
 def test_what_cannot_be_told_from_zero_is_a_bound_and_never_a_number(folder, capsys):
@@ -289,7 +303,46 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(folder, capsys, sp
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == before
 
 
-@pytest.mark.parametrize("options", [[], ["last.pt"], ["last.pt", "--problem", "p.py", "--units", "0"]])
+def test_the_picture_and_the_table_are_redrawn_from_the_file_alone(folder, capsys):
+    assert run(folder) == 0
+    table = capsys.readouterr().out.splitlines()
+    out = folder / "out"
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    for path in (folder / "problem.py", folder / "last.pt", out / "condition.png"):
+        path.unlink()
+    assert main(["--redraw", "--out", str(out)]) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[:-1] == table[:-1] and again[-1] == f"wrote {out}/condition.png"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+BAD_FILES = {
+    "none": (None, ["no ", "condition.json", "--redraw needs"]),
+    "damaged": ("{", ["condition.json is damaged", "measure again"]),
+    "format": ('{"format": 2}', ['"format": 1', "measure again"]),
+}
+
+
+@pytest.mark.parametrize("text, words", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_that_cannot_be_redrawn_is_told(tmp_path, capsys, text, words):
+    if text is not None:
+        (tmp_path / "condition.json").write_text(text)
+    before = sorted(tmp_path.iterdir())
+    assert main(["--redraw", "--out", str(tmp_path)]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and all(word in stderr for word in words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+BAD_OPTIONS = {
+    "nothing": [],
+    "no problem": ["last.pt"],
+    "no units": ["last.pt", "--problem", "p.py", "--units", "0"],
+    "both": ["last.pt", "--problem", "p.py", "--redraw"],
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS.values(), ids=BAD_OPTIONS)
 def test_options_are_checked(tmp_path, options):
     with pytest.raises(SystemExit) as caught:
         main([*options, "--out", str(tmp_path / "out")])
@@ -345,7 +398,7 @@ CONVOLUTIONS = {
 def test_a_convolution_meets_its_unfolded_input(module):
     x = torch.randn(5, module.in_channels, *[7] * (module.weight.dim() - 2))
     (block,) = find_blocks(module)
-    found = torch.stack(columns(block.layer, (x,), {}, module(x)), 1)
+    found = torch.stack(input_rows(block.layer, (x,), {}, module(x)), 1)
     assert_close(found, unfolded(module, x).view(found.shape))
 
 
@@ -397,6 +450,132 @@ def test_a_correlation_within_rounding_of_the_inputs_is_not_resolved():
     assert exact["resolved"] and exact["kappa"] > 1e9
     assert not rounded["resolved"] and 1e8 < rounded["kappa_lower_bound"] <= 1.01 * exact["kappa"]
     assert np.isnan(rounded["kappa"])
+
+
+def left(x, bias):
+    """What BNP with exact statistics leaves of the second moments of rows, by its definition."""
+    x = x[:, x.std(0, correction=0) > 0]
+    P, second = torch.diag(1 / x.std(0, correction=0)), torch.cov(x.mT, correction=0)
+    if not bias:
+        v = x.mean(0) @ P
+        values, vectors = torch.linalg.eigh(torch.eye(len(v)) + torch.outer(v, v))
+        P, second = P @ vectors @ torch.diag(values.rsqrt()) @ vectors.mT, x.mT @ x / len(x)
+    return P.mT @ second @ P
+
+
+def same_spectrum(correlation, matrix):
+    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+    assert_close(correlation.spectrum()[0].square().sort().values, values, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[50], [1, 2, 47]])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 300.0])
+def test_without_a_bias_the_mean_stays_in_the_rows(sizes, offset):
+    x = correlated(50, 6) + offset * torch.rand(6)
+    x[:, 2] = 3.1
+    own = InputCorrelation(bias=False)
+    for part in x.split(sizes):
+        own.update(part)
+    same_spectrum(own, left(x, bias=False))
+    same_spectrum(in_parts(x, sizes), left(x, bias=True))
+    assert condition([own])["kappa"] == pytest.approx(kappa(left(x, bias=False)), rel=1e-6)
+
+
+INDICES = {
+    "some never": ([0, 4, 4, 6, 6, 6, 1, 1, 6], None, 4),
+    "equally often": ([0, 1, 2, 0, 1, 2, 3, 3], None, 4),
+    "padding": ([0, 4, 4, 6, 6, 6, 1, 3, 6], 4, 4),
+    "one": ([2, 2, 2], None, 0),
+    "one, and padding": ([2, 0, 2, 0, 2], 0, 1),
+    "one nearly always": ([3] * 500 + [1, 2], None, 3),
+}
+
+
+@pytest.mark.parametrize("indices, padding, varying", INDICES.values(), ids=INDICES)
+def test_one_hot_inputs_are_known_by_their_frequencies(indices, padding, varying):
+    x = torch.tensor(indices)
+    embedding = nn.Embedding(7, 2, padding_idx=padding)
+    with watching(find_blocks(embedding)) as seen:
+        for part in x.split(4):
+            embedding(part[None])
+    found, rows = condition(seen[""]), torch.eye(7)[x]
+    if padding is not None:
+        rows[x == padding] = 0
+    assert (found["rows"], found["inputs"], found["constant"]) == (len(x), 7, 7 - varying)
+    assert found["resolved"] == (varying > 0)
+    if varying:
+        same_spectrum(seen[""][0], left(rows, bias=False))
+        written = InputCorrelation(bias=False)
+        written.update(rows)
+        assert found["kappa"] == pytest.approx(condition([written])["kappa"])
+        assert float(seen[""][0].spectrum()[0].min()) ** 2 > 0.5 - 1e-12
+
+
+def test_a_large_vocabulary_takes_no_matrix_of_its_size():
+    x = (torch.rand(30_000) ** -1.5).long() % 200_000
+    embedding = nn.Embedding(200_000, 1)
+    with watching(find_blocks(embedding)) as seen:
+        embedding(x)
+    found, p = condition(seen[""]), x.bincount() / len(x)
+    inverse = torch.diag(1 - p[p > 0]) + torch.outer(p[p > 0].sqrt(), p[p > 0].sqrt())
+    assert len(inverse) > 200 and found["constant"] == 200_000 - len(inverse)
+    assert found["kappa"] == pytest.approx(kappa(inverse), rel=1e-9)
+
+
+RECURRENT = {
+    "rnn": ("rnn", {"num_layers": 2}),
+    "gru": ("gru", {"num_layers": 2, "bidirectional": True}),
+    "lstm": ("lstm", {"num_layers": 3, "bias": False}),
+    "lstm, projected": ("lstm", {"num_layers": 2, "bidirectional": True, "proj_size": 2}),
+}
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["zero", "given"])
+@pytest.mark.parametrize("how", ["padded", "batch first", "packed", "alone"])
+@pytest.mark.parametrize("kind, options", RECURRENT.values(), ids=RECURRENT)
+def test_recurrent_layers_meet_their_input_and_the_state_before(kind, options, how, start):
+    module = build(kind, batch_first=how == "batch first", **options)
+    sequences = sequences_of([3, 5, 1, 5] if how == "packed" else [4] if how == "alone" else [4, 4, 4])
+    h0, c0, given = starts(module, len(sequences), start)
+    if how == "packed":
+        x = pack_sequence(sequences, enforce_sorted=False)
+    elif how == "alone":
+        x, given = sequences[0], [(s[0][:, 0], s[1][:, 0]) if kind == "lstm" else s[:, 0] for s in given]
+    else:
+        x = torch.stack(sequences, 0 if how == "batch first" else 1)
+    blocks = [block for block in find_blocks(module) if block.layer]
+    with watching(blocks) as seen:
+        output = module(x, *given)
+    rows, _ = unrolled(module, sequences, h0, c0)
+    assert len(blocks) == len(rows) * (3 if kind == "gru" else 1)
+    for block in blocks:
+        suffix, _, part = block.name.partition(".")
+        halves = {"new_x": rows[suffix][:1], "new_h": rows[suffix][1:]}
+        expected = torch.cat(halves.get(part, rows[suffix]), 1)
+        (found,) = input_rows(block.layer, (x, *given), {}, output)
+        assert found.shape == expected.shape
+        _, near = linear_sum_assignment(torch.cdist(found.detach(), expected))  # in any order
+        assert_close(found.detach(), expected[near])
+        assert condition(seen[block.name])["rows"] == len(expected)
+        assert seen[block.name][0].bias == module.bias
+
+
+def test_what_dropout_has_left_of_an_input_is_not_told():
+    module = nn.LSTM(3, 4, 2, dropout=0.5)
+    with watching(find_blocks(module)) as seen:
+        module(torch.randn(5, 2, 3))
+    assert list(seen) == ["l0"]
+    with watching(find_blocks(module.eval())) as seen:
+        module(torch.randn(5, 2, 3))
+    assert list(seen) == ["l0", "l1"]
+
+
+def test_an_empty_batch_says_nothing():
+    model = nn.Sequential(nn.Linear(3, 2))
+    with watching(find_blocks(model)) as seen:
+        for rows in (0, 4, 0):
+            model(torch.randn(rows, 3))
+    assert condition(seen["0"])["rows"] == 4
 
 
 def test_inputs_are_watched_in_attention_and_behind_normalization():

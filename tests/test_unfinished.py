@@ -1,4 +1,4 @@
-"""An interrupted spectrum run goes on where it was, and nothing of another run is mistaken for its own."""
+"""An interrupted run goes on where it was, and nothing of another run is mistaken for its own."""
 
 import signal
 import subprocess
@@ -13,6 +13,7 @@ from gradcond import curvature
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 
+import condition_number
 from hessian_spectrum import main
 
 ANALYSIS = Path(__file__).parents[1] / "analysis"
@@ -28,6 +29,15 @@ def load_data():
     return [(inputs, torch.arange(12) % 2)]
 
 loss_fn = nn.CrossEntropyLoss()
+"""
+READS = """
+saved = torch.load({path!r})
+build = build_model
+
+def build_model():
+    model = build()
+    model[0].requires_grad_(not saved["frozen"])
+    return model
 """
 
 
@@ -49,26 +59,38 @@ def command(folder: Path, *more: str, out: str = "out") -> list[str]:
 def files(folder: Path, out: str) -> dict[str, bytes]:
     """What a run has written; the json without the line that names the folder."""
     found = {path.name: path.read_bytes() for path in (folder / out).iterdir()}
-    lines = found["spectrum.json"].split(b"\n")
-    return found | {"spectrum.json": b"\n".join(line for line in lines if b'"out"' not in line)}
+    for name in found:
+        if name.endswith(".json"):
+            found[name] = b"\n".join(line for line in found[name].split(b"\n") if b'"out"' not in line)
+    return found
+
+
+def stop(monkeypatch, name: str, at: int) -> list[int]:
+    """Interrupts the run at this call of a function of gradcond.curvature; the calls are counted."""
+    function, count = getattr(curvature, name), [0]
+
+    def stopped(*args, **options):
+        count[0] += 1
+        if count[0] == at:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    monkeypatch.setattr(curvature, name, stopped)
+    return count
 
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Interrupts the run at the second trace, five results into the second checkpoint."""
-    trace, count = curvature.trace, [0]
-
-    def stopped(*args, **options):
-        count[0] += 1
-        if count[0] == 2:
-            raise KeyboardInterrupt
-        return trace(*args, **options)
-
-    monkeypatch.setattr(curvature, "trace", stopped)
-    return count
+    """Interrupts hessian_spectrum at the second trace, four results into the second checkpoint."""
+    return stop(monkeypatch, "trace", 2)
 
 
 ESTIMATES = ("--exact-below", "0")
+SOME = (*ESTIMATES, "--kappa-matvecs", "20")  # of the 23 parameters together; blocks and units are exact
+COMMANDS = {
+    "spectrum": (main, "trace", 2, ESTIMATES, ("--top", "4")),
+    "condition": (condition_number.main, "exact_spectrum", 10, SOME, ("--units", "1")),
+}
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(folder, interrupted, capsys):
@@ -85,48 +107,78 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(folder, inter
     assert files(folder, "out") == files(folder, "whole")  # and nothing unfinished is left
 
 
-@pytest.mark.parametrize("change", ["option", "problem", "checkpoint", "data"])
-def test_results_of_anything_else_are_not_taken(folder, interrupted, capsys, change):
-    data = folder / "data.pt"
-    torch.save(torch.ones(12, 1), data)
-    (folder / "problem.py").write_text(PROBLEM.replace(" + 1\n", f" + torch.load({str(data)!r})\n"))
-    assert main(command(folder, *ESTIMATES)) == 130
+@pytest.mark.parametrize("change", ["option", "problem", "checkpoint", "data", "parameters"])
+@pytest.mark.parametrize("run, function, at, options, other", COMMANDS.values(), ids=COMMANDS)
+def test_results_of_anything_else_are_not_taken(
+    folder, monkeypatch, capsys, run, function, at, options, other, change
+):
+    data, saved = folder / "data.pt", {"offset": torch.ones(12, 1), "frozen": False}
+    torch.save(saved, data)
+    text = PROBLEM.replace(" + 1\n", " + saved['offset']\n") + READS.format(path=str(data))
+    (folder / "problem.py").write_text(text)
+    stop(monkeypatch, function, at)
+    assert run(command(folder, *options)) == 130
     more: tuple[str, ...] = ()
     if change == "option":
-        more = ("--top", "4")
+        more = other
     elif change == "problem":
-        with (folder / "problem.py").open("a") as file:  # same loss, fewer parameters
-            file.write("build = build_model\ndef build_model():\n")
-            file.write("    model = build()\n    model[0].requires_grad_(False)\n    return model\n")
+        (folder / "problem.py").write_text(text.replace('not saved["frozen"]', "False"))
     elif change == "data":
-        torch.save(torch.zeros(12, 1), data)
+        torch.save(saved | {"offset": torch.zeros(12, 1)}, data)
+    elif change == "parameters":  # same files, same loss
+        torch.save(saved | {"frozen": True}, data)
     else:
         for step in range(3):
             state = torch.load(folder / f"step{step}.pt", weights_only=True)
             for name in ("0.weight", "0.bias", "2.weight"):  # same loss: tanh is odd
                 state[name] = -state[name]
             torch.save(state, folder / f"step{step}.pt")
-    assert main(command(folder, *ESTIMATES, *more)) == 0
+    assert run(command(folder, *options, *more)) == 0
     told = capsys.readouterr()
     assert "of the run that was interrupted" not in told.out + told.err
     assert not (folder / "out" / "unfinished").exists()
 
 
 def test_exact_spectra_are_kept_too(folder, monkeypatch):
-    exact, count = curvature.exact_spectrum, [0]
-
-    def stopped(*args, **options):
-        count[0] += 1
-        if count[0] == 3:
-            raise KeyboardInterrupt
-        return exact(*args, **options)
-
-    monkeypatch.setattr(curvature, "exact_spectrum", stopped)
+    count = stop(monkeypatch, "exact_spectrum", 3)
     assert main(command(folder)) == 130
     assert main(command(folder)) == 0
     assert count == [4]  # the third again, the first two not
     assert main(command(folder, out="whole")) == 0
     assert files(folder, "out") == files(folder, "whole")
+
+
+@pytest.mark.parametrize("options, at", [(SOME, 10), ((), 12)], ids=["estimates", "written out"])
+def test_condition_numbers_go_on_and_end_as_if_they_had_not_been_interrupted(
+    folder, monkeypatch, capsys, options, at
+):
+    run = condition_number.main
+    count, passes = stop(monkeypatch, "exact_spectrum", at), []
+    watch = condition_number.watching
+    monkeypatch.setattr(condition_number, "watching", lambda blocks: passes.append(1) or watch(blocks))
+    assert run(command(folder, *options)) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [path.name for path in (folder / "out").iterdir()] == ["unfinished"]
+    # all parameters, the inputs, two layers and their 3 + 2 units; in the second checkpoint half of it
+    assert len(list((folder / "out").rglob("*.pt"))) == 9 + 4
+    assert run(command(folder, *options)) == 0
+    told = capsys.readouterr().out
+    assert "step0.pt: 9 results are of the run" in told
+    assert "step1.pt: 4 results are of the run" in told and "step2.pt:" not in told
+    assert count == [(22 if options else 25)] and len(passes) == 3  # only what was interrupted, again
+    assert run(command(folder, *options, out="whole")) == 0
+    assert files(folder, "out") == files(folder, "whole")
+    assert sorted(files(folder, "out")) == ["condition.json", "condition.png"]
+
+
+def test_two_commands_may_share_a_folder(folder, monkeypatch, capsys):
+    stop(monkeypatch, "exact_spectrum", 3)
+    assert main(command(folder)) == 130
+    assert condition_number.main(command(folder)) == 0
+    assert len(list((folder / "out" / "unfinished").rglob("*.pt"))) == 2
+    assert main(command(folder)) == 0
+    assert "step1.pt: 1 results" in capsys.readouterr().out
+    assert not (folder / "out" / "unfinished").exists()
 
 
 def test_a_damaged_result_is_told(folder, interrupted, capsys):
