@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from gradcond.layers import Layer
-from gradcond.recurrent import _one_depth
+from gradcond.recurrent import one_depth
 
 RECURRENT = re.compile(r"weight_(?P<part>ih|hh)_l(?P<depth>\d+)(?P<reverse>_reverse)?")
 
@@ -60,7 +60,7 @@ def _recurrent(module: nn.RNNBase, places: Sequence[re.Match[str]], input: Any, 
         if hx is not None:
             states = hx if isinstance(hx, tuple) else (hx,)
             begin = [state[at * directions : (at + 1) * directions] for state in states]
-        met, (y, _) = y, _one_depth(module, at, y, begin, isinstance(hx, tuple))
+        met, (y, _) = y, one_depth(module, at, y, begin, isinstance(hx, tuple))
     x, there = _by_time(module, met)
     h = _by_time(module, y)[0].chunk(directions, -1)[direction]
     first = None if begin is None else begin[0][direction]

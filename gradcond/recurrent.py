@@ -106,7 +106,7 @@ class _States:
             if depth == module.num_layers - 1:
                 y, end = output[0], _tuple(output[1])[0][places]
             else:
-                y, states = _one_depth(module, depth, x, begin, isinstance(start, tuple))
+                y, states = one_depth(module, depth, x, begin, isinstance(start, tuple))
                 end = _tuple(states)[0]
             dropout = module.dropout if depth > 0 else 0.0
             h0 = None if begin is None else begin[0]
@@ -147,7 +147,7 @@ class _Depth:
         return Moments(self.count, self.samples, self.count, (mean + shift).to(dtype), spread.to(dtype))
 
 
-def _one_depth(module: nn.RNNBase, depth: int, x: Any, begin: Any, is_pair: bool) -> Any:
+def one_depth(module: nn.RNNBase, depth: int, x: Any, begin: Any, is_pair: bool) -> Any:
     """What one depth puts out, dropout apart."""
     one = copy.copy(module)
     per_depth = len(module._flat_weights) // module.num_layers
