@@ -11,6 +11,7 @@ from torch import Tensor
 SEGMENT, LEAST_SEGMENT, SEGMENT_NUMBERS = 32, 16, 1 << 19  # vectors allocated at a time
 CHUNK = 1 << 18  # numbers held in float64 at a time: what a processor's cache holds
 DEVICE_CHUNK = 1 << 24  # the same on an accelerator
+PIECE = 1 << 21  # columns of a vector that are converted at a time
 SMALL = 0.1  # of what is left of a vector: what one pass removes well enough
 
 
@@ -40,6 +41,11 @@ class Basis:
         sizes = [min(rows, self.size - start) for start in range(0, self.size, rows)]
         return [segment[:size] for segment, size in zip(self._segments, sizes, strict=False)]
 
+    def last(self, count: int) -> Tensor:
+        """The last vectors as rows, a view where one segment holds them."""
+        rows = self.parts[-1][-count:]
+        return rows if len(rows) == count else torch.cat([torch.cat(self.parts[:-1])[len(rows) - count :], rows])
+
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Vectors (n, k) with unit columns from coefficients (size, k)."""
         parts, y = self.parts, torch.as_tensor(coefficients, device=self.device)
@@ -50,6 +56,16 @@ class Basis:
             squares += new.square().sum(0)
             vectors[columns] = new
         return vectors.div_(squares.sqrt().to(self.dtype))  # in the same dtype: otherwise a copy of all
+
+    def take(self, coefficients: np.ndarray) -> Tensor:
+        """What `combine` returns, in the memory of the basis, which is left empty."""
+        self.rotate_(coefficients)
+        parts, self._segments, self.size = self.parts, [], 0
+        vectors = torch.cat(parts)
+        del parts
+        for vector in vectors:
+            vector /= torch.linalg.vector_norm(vector, dtype=torch.float64).to(self.dtype)
+        return vectors.mT
 
     def rotate_(self, coefficients: np.ndarray) -> None:
         """Replace the vectors by their combinations (size, k), k <= size, within the same memory."""
@@ -69,9 +85,11 @@ def orthogonalize_along_(parts: list[Tensor], w: Tensor, large: Iterable[int]) -
     """
     coefficients = w.new_zeros(sum(map(len, parts)), len(w))
     for i in large:
-        row = _row(parts, i).double()
-        coefficients[i] = w @ row
-        w.addr_(coefficients[i], row, alpha=-1)
+        row = _row(parts, i)
+        for columns in _pieces(w):
+            coefficients[i] += w[:, columns] @ row[columns].double()
+        for columns in _pieces(w):
+            w[:, columns].addr_(coefficients[i], row[columns].double(), alpha=-1)
     small = _along(parts, w)
     _subtract_(parts, w, small)
     coefficients += small
@@ -101,20 +119,27 @@ def reorthogonalize_(parts: list[Tensor], w: Tensor) -> Tensor:
 
 def _along(parts: list[Tensor], w: Tensor) -> Tensor:
     """Coefficients of w, from products in the parts' dtype."""
-    rounded = {dtype: w.to(dtype).mT for dtype in {part.dtype for part in parts}}
-    return torch.cat([part @ rounded[part.dtype] for part in parts]).double()
+    coefficients = w.new_zeros(sum(map(len, parts)), len(w))
+    for columns in _pieces(w):
+        rounded = {dtype: w[:, columns].to(dtype).mT for dtype in {part.dtype for part in parts}}
+        coefficients += torch.cat([part[:, columns] @ rounded[part.dtype] for part in parts])
+    return coefficients
 
 
 def _subtract_(parts: list[Tensor], w: Tensor, coefficients: Tensor) -> None:
     """The same back: w less the rows times the coefficients, which are small."""
-    sums: dict[torch.dtype, Tensor] = {}
-    for part, h in zip(parts, coefficients.split([len(part) for part in parts]), strict=True):
-        if part.dtype in sums:
-            sums[part.dtype].addmm_(h.mT.to(part.dtype), part)
-        else:
-            sums[part.dtype] = h.mT.to(part.dtype) @ part
-    for own in sums.values():
-        w -= own
+    for columns in _pieces(w):
+        sums: dict[torch.dtype, Tensor] = {}
+        for part, h in zip(parts, coefficients.split([len(part) for part in parts]), strict=True):
+            own, h = part[:, columns], h.mT.to(part.dtype)
+            sums[part.dtype] = sums[part.dtype].addmm_(h, own) if part.dtype in sums else h @ own
+        for own in sums.values():
+            w[:, columns] -= own
+
+
+def _pieces(w: Tensor) -> list[slice]:
+    """Columns to go through at a time, so that what is made of them on the way is small beside w."""
+    return [slice(start, start + PIECE) for start in range(0, w.shape[1], PIECE)]
 
 
 def _row(parts: list[Tensor], i: int) -> Tensor:

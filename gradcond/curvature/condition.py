@@ -12,7 +12,8 @@ import torch
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
-from gradcond.curvature.lanczos import Lanczos, orthogonalize_
+from gradcond.curvature.basis import reorthogonalize_
+from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from
 
 FLOOR = 8  # x eps x max|lambda|: float32 resolves condition numbers up to 1e6
@@ -177,7 +178,7 @@ def _extremes(lanczos: Lanczos, z: Tensor) -> tuple[float, float]:
     alphas, betas, z = lanczos.alphas, lanczos.betas, z.double()
     norm = z.norm()
     for _ in range(2):
-        orthogonalize_(lanczos.basis, z)
+        reorthogonalize_(lanczos.parts, z[None])
     # the range start leaves out one direction of the Krylov space of z: the end of a longer T
     if float(z.norm()) > 1e-4 * float(norm):
         z /= z.norm()

@@ -124,9 +124,9 @@ def eigsh(
         fresh = torch.stack([products.gaussian(generator).double() for _ in rows])
         space.add(rows.to(fresh.device) + FRESH * fresh / fresh.norm(dim=1, keepdim=True))
     search = Search(space, k, which, tol=tol, block=block, max_vectors=max_vectors, budget=budget)
-    vectors = space.basis.combine(search.run())
-    allowed = tol * space.top
-    del search, space, basis  # and its memory
+    coefficients, allowed = search.run(), tol * space.top
+    del search, space  # and the memory of what is pending
+    vectors = basis.take(coefficients)
     return _certified(products, vectors.to(products.device), which, allowed)
 
 

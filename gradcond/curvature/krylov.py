@@ -63,9 +63,10 @@ class Krylov:
     def expand(self, b: int) -> None:
         """Multiply the first b pending directions and put them into the basis."""
         m, p = self.size, len(self.pending)
-        rest, coupling = self.pending[b:], self.C[:, :b]
+        rest, coupling = self.pending[b:].clone(), self.C[:, :b]
         self.basis.append(self.pending[:b])
-        w = self._product(self.pending[:b])
+        self.pending = rest  # the others are in the basis, and need no memory of their own
+        w = self._product(self.basis.last(b))
         coupled = np.flatnonzero(np.abs(coupling).max(1, initial=0.0) > COUPLED * self.scale)
         h = orthogonalize_along_([*self.basis.parts, rest], w, [*coupled, *range(m, m + b)])
         q, r = torch.linalg.qr(w.mT) if b > 1 else _unit(w)
@@ -79,16 +80,16 @@ class Krylov:
         kept = (s > self.breakdown * self.scale) & (np.arange(b) < self.basis.n - m - p)
         if not kept.all() and m + p < self.basis.n:
             self.dropped, self.broken = max(self.dropped, s[~kept].max()), True
-        new = (torch.as_tensor(u[:, kept].T, device=q.device) @ q.mT).contiguous()
+        new = _turned(u[:, kept].T, q.mT)
         if (s[kept] < TILTED * s[0]).any():
             reorthogonalize_([*self.basis.parts, rest], new)
             q, r = torch.linalg.qr(new.mT)
             new = (q * r.diagonal().sign()).mT.contiguous()
-        self.pending = torch.cat([rest, new])
+        self.pending = torch.cat([rest, new]) if len(rest) else new
         self.C = np.block([[self.C[:, b:], np.zeros((m, kept.sum()))], [beside.T, (vt.T * s)[:, kept]]])
 
     def _product(self, directions: Tensor) -> Tensor:
-        """A times the directions, rows (b, n) in float64 where the basis is."""
+        """A times the directions, rows (b, n), in float64 where the basis is."""
         columns = directions.to(self.products.device, self.products.work_dtype).mT
         image = self.products(columns[:, 0] if len(directions) == 1 else columns)
         return image.reshape(self.basis.n, -1).to(self.basis.device).mT.double().contiguous()
@@ -124,3 +125,10 @@ def _unit(w: Tensor) -> tuple[Tensor, Tensor]:
     """What QR gives for one vector, in its memory."""
     norm = w.norm()
     return w.div_(norm).mT, norm.reshape(1, 1)
+
+
+def _turned(rotation: np.ndarray, rows: Tensor) -> Tensor:
+    """An orthogonal (or empty) matrix times the rows; of one row in its memory."""
+    if rotation.shape == (1, 1):
+        return rows.mul_(float(rotation[0, 0]))
+    return torch.as_tensor(rotation, device=rows.device) @ rows

@@ -31,7 +31,7 @@ class Lanczos:
         self.off_count = 0
         self.block = 0  # where the part of T since the last restart begins
         self.dropped = 0.0  # largest residual that a restart has dropped
-        self.residual = start.double()
+        self.residual = start.to(torch.float64, copy=True)
         self._norm = float(self.residual.norm())
 
     @property
@@ -45,10 +45,14 @@ class Lanczos:
         return self.size == self.products.n
 
     @property
+    def parts(self) -> list[Tensor]:
+        """The vectors so far as rows, some (., n) at a time."""
+        return self._basis.parts
+
+    @property
     def basis(self) -> Tensor:
-        """The vectors so far as rows, (size, n): a copy of more than a few."""
-        parts = self._basis.parts
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """The same in one, (size, n): a copy of more than a few."""
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
 
     @property
     def invariant(self) -> bool:
@@ -59,7 +63,7 @@ class Lanczos:
         """Append one vector to the basis, multiply it, and extend T."""
         j = self.size
         self._append(j)
-        parts = self._basis.parts
+        parts = self.parts
         w = self.products(parts[-1][-1]).double()
         h = orthogonalize_along_(parts, w[None], range(max(0, j - 1), j + 1))[:, 0]
         # one host transfer a step; the coefficients that symmetry makes zero measure the noise
@@ -83,7 +87,8 @@ class Lanczos:
             self.betas.append(0.0 if self.block == j else self._norm)
         elif not self._norm > 0:
             raise ValueError("expected a start vector that is not zero")
-        self._basis.append((self.residual / self._norm)[None])
+        self._basis.append(self.residual.div_(self._norm)[None])
+        self.residual = self.residual.new_zeros(0)  # until the next product
 
     def outside(self) -> Tensor:
         """A random unit vector orthogonal to the basis, float64."""
@@ -91,7 +96,7 @@ class Lanczos:
         w = self.products.gaussian(self.generator).double()
         for _ in range(3):
             w /= w.norm()
-            reorthogonalize_(self._basis.parts, w[None])
+            reorthogonalize_(self.parts, w[None])
         return w / w.norm()
 
     def restart(self, w: Tensor) -> None:
@@ -116,8 +121,3 @@ class Lanczos:
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Vectors of the full space, (n, k) with unit columns, from coefficients (size, k) in the basis."""
         return self._basis.combine(coefficients)
-
-
-def orthogonalize_(rows: Tensor, w: Tensor) -> Tensor:
-    """Remove from the float64 vector w its part along the rows; return the coefficients."""
-    return reorthogonalize_([rows], w[None])[:, 0]

@@ -64,11 +64,12 @@ def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gram(runs: list[Lanczos]) -> np.ndarray:
     """Inner products of all basis vectors and, after them, all residuals."""
-    residuals = torch.stack([run.residual * (not run.invariant) for run in runs])
-    count = sum(run.size for run in runs) + len(runs)
-    gram, bases = residuals.new_zeros(count, count), [run.basis for run in runs]
+    parts = [part for run in runs for part in run.parts]
+    count, n = sum(map(len, parts)) + len(runs), runs[0].products.n
+    gram = runs[0].residual.new_zeros(count, count)
     width = max(1, CHUNK // count)
-    for i in range(0, residuals.shape[1], width):
-        part = torch.cat([*(rows[:, i : i + width].double() for rows in bases), residuals[:, i : i + width]])
-        gram += part @ part.mT
+    for i in range(0, n, width):
+        residuals = [run.residual[None, i : i + width] * (not run.invariant) for run in runs]
+        some = torch.cat([*(part[:, i : i + width].double() for part in parts), *residuals])
+        gram += some @ some.mT
     return gram.cpu().numpy()
