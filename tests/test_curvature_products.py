@@ -576,3 +576,13 @@ def test_other_samples_are_other_products():
     assert not torch.allclose(M @ v, once)
     M.mc_samples = 1
     torch.testing.assert_close(M @ v, once)
+
+
+@pytest.mark.parametrize("seconds, tried", [(0.01, 3), (1.0, 0)])
+def test_several_columns_are_tried_in_one_pass_where_that_may_save_time(seconds, tried):
+    """A pass with several takes the activations of several."""
+    model, x, y = problem()
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)])
+    H.probe = Probe("double_backward", "for the test", {"double_backward": seconds})
+    H @ torch.randn(H.shape[0], 3)
+    assert H._tried == tried

@@ -25,7 +25,7 @@ from gradcond.curvature.snapshot import Snapshot
 
 TOGETHER = 16, 64  # columns of one vectorized backward pass, and where few numbers are multiplied
 TRIAL = 4, 8  # of the one that tells whether such passes are faster
-QUICK = 2e-3  # seconds of a product on the CPU: its activations are small
+QUICK, LONG = 2e-3, 0.05  # seconds of a product on the CPU: where several take little memory, and gain no time
 
 
 class Evaluation:
@@ -357,7 +357,7 @@ class LossOperator(Operator):
 
     def _batches(self, product: Product, V: Tensor, parameters: Sequence[Tensor]) -> bool:
         columns = min(V.shape[1], TRIAL[self._is_quick])
-        if not self._batching and self._tried < columns:
+        if not self._batching and self._tried < columns and self._seconds < LONG:
             forward = self.probe is not None and self.probe.method == "forward_over_reverse"
             stacked = _stacked(V[:, :columns], parameters)
             self._batching = not forward and batching_pays(product, stacked, self.dtype)
@@ -367,8 +367,13 @@ class LossOperator(Operator):
     @property
     def _is_quick(self) -> bool:
         """Products are short for want of work, not for want of a slow processor."""
-        on_cpu, seconds = self.device.type == "cpu", {} if self.probe is None else self.probe.seconds
-        return on_cpu and bool(seconds) and min(seconds.values()) < QUICK
+        return 0 < self._seconds < QUICK
+
+    @property
+    def _seconds(self) -> float:
+        """What a product with a batch takes on the CPU, 0 where it is not known."""
+        seconds = {} if self.probe is None or self.device.type != "cpu" else self.probe.seconds
+        return min(seconds.values(), default=0.0)
 
 
 def _parts(v: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
