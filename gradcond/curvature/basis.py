@@ -43,8 +43,8 @@ class Basis:
 
     def last(self, count: int) -> Tensor:
         """The last vectors as rows, a view where one segment holds them."""
-        rows = self.parts[-1][-count:]
-        return rows if len(rows) == count else torch.cat([torch.cat(self.parts[:-1])[len(rows) - count :], rows])
+        parts = self.parts[-2 - count // self._rows :]  # at least so many vectors
+        return parts[-1][-count:] if len(parts[-1]) >= count else torch.cat(parts)[-count:]
 
     def combine(self, coefficients: np.ndarray) -> Tensor:
         """Vectors (n, k) with unit columns from coefficients (size, k)."""
