@@ -484,3 +484,15 @@ def test_what_was_not_known_to_be_large_is_removed_too(large):
     coefficients = orthogonalize_along_(parts, w, large)
     torch.testing.assert_close(coefficients, expected, rtol=0, atol=1e-13)
     assert (Q @ w.mT).norm() <= 1e-14 * w.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_operator_may_return_its_argument(dtype):
+    class Same(Operator):
+        def _columns(self, V):
+            return V
+
+    A = Same(20, dtype, torch.device("cpu"))
+    assert eigsh(A, 2).eigenvalues.tolist() == pytest.approx([1, 1])
+    assert (spectral_density(A, 3, 2).nodes - 1).abs().max() < 1e-6
+    assert condition_number(A).kappa == pytest.approx(1)

@@ -92,7 +92,9 @@ class Krylov:
         """A times the directions, rows (b, n), in float64 where the basis is."""
         columns = directions.to(self.products.device, self.products.work_dtype).mT
         image = self.products(columns[:, 0] if len(directions) == 1 else columns)
-        return image.reshape(self.basis.n, -1).to(self.basis.device).mT.double().contiguous()
+        rows = image.reshape(self.basis.n, -1).mT
+        # a copy, since it will be changed: A may return what is its own, or ours
+        return rows.to(self.basis.device, torch.float64, copy=True, memory_format=torch.contiguous_format)
 
     def _check_symmetry(self, numbers: np.ndarray, coupling: np.ndarray) -> None:
         m, b = coupling.shape

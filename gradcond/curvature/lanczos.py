@@ -64,7 +64,7 @@ class Lanczos:
         j = self.size
         self._append(j)
         parts = self.parts
-        w = self.products(parts[-1][-1]).double()
+        w = self.products(parts[-1][-1]).to(torch.float64, copy=True)  # A may return what is its own, or ours
         h = orthogonalize_along_(parts, w[None], range(max(0, j - 1), j + 1))[:, 0]
         # one host transfer a step; the coefficients that symmetry makes zero measure the noise
         if j > 0:
