@@ -12,19 +12,22 @@ Network: the five largest eigenvalues, each certified, and a density, with a pro
 will take is told. Memory is the rise of the highest resident size over what the program held with network and data
 loaded. A product is measured first on two halves of a batch and on two whole ones: what grows is the activations,
 what does not is told apart from them. What eigenpairs and density then take beyond activations and basis is given
-in gradients, vectors of as many numbers as there are parameters; 3 are the aim. The network is in eval mode as it
-is initialized, or as --checkpoint left it ({"model": state}); --images is an .npz with x_train (N, 32, 32, 3) and
-y_train, --text any files, read as bytes. --out writes curvature_scale.json, and .npz with all numbers of the
-density.
+in gradients, vectors of as many numbers as there are parameters; 3 are the aim. The network is as it is
+initialized, or as --checkpoint left it ({"model": state}); --train N steps of SGD over the same data come next, and
+then eval mode. --images is an .npz with x_train (N, 32, 32, 3) and y_train, --text any files, read as bytes.
+--out writes curvature_scale.json, and .npz with all numbers of the density; until then every product is kept there,
+so that a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,12 @@ from step_models import resnet18
 from step_timing import interleaved
 from torch import Tensor, nn
 from tqdm import tqdm
+from unfinished import Unfinished, forget
 
 from gradcond import curvature
 
 LOSS = nn.CrossEntropyLoss()
+COMMAND = "curvature_scale"
 EIGENPAIRS, EXPECTED = 5, 60  # pairs, and about the products that they take
 
 
@@ -48,6 +53,18 @@ def perceptron(width: int) -> nn.Module:
     """Four square layers and an output."""
     layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())]
     return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+class Remembered(curvature.Operator):
+    """An operator whose products are kept on disk: one with the same vectors is read, not made again."""
+
+    def __init__(self, A: curvature.Operator, unfinished: Unfinished) -> None:
+        super().__init__(A.shape[0], A.dtype, A.device, parts=(A,))
+        self.unfinished = unfinished
+
+    def _columns(self, V: Tensor) -> Tensor:
+        digest = hashlib.sha256(np.ascontiguousarray(V.cpu()).data).hexdigest()
+        return self.unfinished("product", digest[:32], lambda: self.parts[0] @ V)
 
 
 def hessian(width: int, batches: int, rows: int) -> curvature.Hessian:
@@ -92,12 +109,24 @@ def _law(runs: Mapping[int, Callable[[], object]], args: argparse.Namespace) -> 
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """The network in eval mode, and its data."""
+    """The network as training begins, and its data."""
     torch.manual_seed(0)
     model = resnet18(nn.BatchNorm2d, False) if args.network == "resnet18" else large_gpt()
     if args.checkpoint is not None:
         model.load_state_dict(torch.load(args.checkpoint, weights_only=True)["model"])
-    return model.eval(), dataset(args, args.batch, args.samples)
+    return model, dataset(args, args.batch, args.samples)
+
+
+def trained(model: nn.Module, data: Any, steps: int) -> dict[str, Tensor]:
+    """The network's state after some steps of SGD."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, nesterov=True)
+    batches = islice((batch for _ in count() for batch in data), steps)
+    for inputs, targets in tqdm(batches, desc="training", total=steps, mininterval=1):
+        loss = LOSS(model.train()(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
 
 
 def dataset(args: argparse.Namespace, batch: int, samples: int) -> Any:
@@ -111,9 +140,15 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
     model, data = build(args)
     n = sum(p.numel() for p in model.parameters())
     print(f"{args.network}, {n:,} parameters, {len(data)} batches of {args.batch}", flush=True)
+    keep = None if args.out is None else unfinished(model, args)
+    train = partial(trained, model, data, args.train)
+    model.load_state_dict(train() if keep is None else keep("network", "trained", train))
+    model.eval()
     found = {"parameters": n, **one_product(model, data, args)}
     memory = partial(_memory, activations=found["activation_bytes"], gradient=4 * n)
-    H = curvature.Hessian(model, LOSS, data)
+    H: curvature.Operator = curvature.Hessian(model, LOSS, data)
+    if keep is not None:
+        H = Remembered(H, keep)
 
     def top(progress: Callable[[int], Any]) -> curvature.Eigenpairs:
         options: dict[str, Any] = {"tol": args.tol, "max_vectors": args.vectors, "progress": progress}
@@ -139,6 +174,14 @@ def network(args: argparse.Namespace) -> dict[str, Any]:
         with replacing(args.out / "curvature_scale.npz") as file:
             np.savez(file, **arrays)
     return found
+
+
+def unfinished(model: nn.Module, args: argparse.Namespace) -> Unfinished:
+    """Where the products of this network with these data and options are kept."""
+    sources = [path for path in (args.images, *(args.text or ())) if path is not None]
+    options = [args.network, args.batch, args.samples, args.train, args.threads, torch.__version__]
+    weights = [p.detach().numpy().tobytes() for p in model.state_dict().values()]
+    return Unfinished(args.out, COMMAND, options, *weights, *(path.read_bytes() for path in sources))
 
 
 def one_product(model: nn.Module, data: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -179,6 +222,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="of --network resnet18, an .npz")
     parser.add_argument("--text", type=Path, nargs="+", help="of --network gpt, files")
     parser.add_argument("--checkpoint", type=Path, help='a file of torch.save({"model": state_dict})')
+    parser.add_argument("--train", type=int, default=0, help="steps of SGD before (default: 0)")
     parser.add_argument("--samples", type=int, default=2000, help="images or sequences (default: 2000)")
     parser.add_argument("--batch", type=int, default=50, help="of a pass (default: 50)")
     parser.add_argument("--tol", type=float, default=1e-3, help="of the eigenpairs (default: 1e-3)")
@@ -189,6 +233,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.rounds, args.threads, args.samples, args.steps, args.probes) < 1:
         parser.error("expected --rounds, --threads, --samples, --steps and --probes of at least 1")
+    if args.train < 0:
+        parser.error(f"expected --train of 0 steps or more, got {args.train}")
     if args.batch < 2:
         parser.error(f"expected --batch of at least 2, got {args.batch}: activations are told by half a batch")
     needed = {"resnet18": "images", "gpt": "text"}.get(args.network)
@@ -218,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{key}: {value}")
     if args.out is not None:
         write_json(args.out / "curvature_scale.json", found)
+        forget(args.out, COMMAND)
     return 0
 
 

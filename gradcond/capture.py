@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from gradcond.inputs import Observer
-from gradcond.layers import Layer
+from gradcond.inputs import Deferred, Observer
+from gradcond.layers import Layer, first_input
 from gradcond.statistics import Moments
 
 __all__ = ["BatchNormProbe", "InputCapture"]
@@ -53,6 +53,7 @@ class InputCapture(_Hook):
         self.layer, self.observer = layer, observer
         self.key = layer.weight_names[0]
         self.me = weakref.ref(self)
+        self.may_wait = layer.observe is first_input and type(layer.module) is nn.Linear  # is the input saved?
         self.active = True  # is this step's input looked at?
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
@@ -90,24 +91,26 @@ class InputCapture(_Hook):
             return  # function transforms leave no gradient
         if not compiling and not isinstance(weight, nn.Parameter):
             return  # torch.func.functional_call: the gradient is that of another tensor
-        moments = self.observer.moments(self.layer, args, kwargs, output)
-        if moments is None:
+        if compiling:  # hooks on nodes would break the graph
+            self.traced = _merge(self.traced, self.observer.moments(self.layer, args, kwargs, output))
             return
-        if compiling:  # hooks on tensors would break the graph
-            self.traced = _merge(self.traced, moments)
+        seen: Moments | Deferred | None = self.observer.deferred(args, output) if self.may_wait else None
+        if seen is None:
+            seen = self.observer.moments(self.layer, args, kwargs, output)
+        if seen is None:
             return
         if self.watched[0]() is not weight:  # it has been unfrozen or replaced
             self._watch(weight)
         self.reached.clear()  # what was reached and never counted was no training
-        call = _Call(self, moments)
+        call = _Call(self, seen)
         if isinstance(output, Tensor):
             if self.probed:
                 self.last_output = weakref.ref(output), output._version
-            output.register_hook(call)
+            _hook(output, call)
             return
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(call)
+            if isinstance(leaf, Tensor):
+                _hook(leaf, call)
 
     def _watch(self, weight: nn.Parameter) -> None:
         if not weight.requires_grad:
@@ -163,20 +166,35 @@ class InputCapture(_Hook):
 
 
 class _Call:
-    """A tensor hook on one call's output: says when a backward pass reaches it."""
+    """A hook on the node that made one call's output: says when a backward pass reaches it."""
 
-    __slots__ = "capture", "counted", "moments"
+    __slots__ = "capture", "counted", "seen"
 
-    def __init__(self, capture: InputCapture, moments: Moments) -> None:
-        self.capture, self.moments = capture.me, moments
+    def __init__(self, capture: InputCapture, seen: Moments | Deferred) -> None:
+        self.capture, self.seen = capture.me, seen
         self.counted = False
 
-    def __call__(self, grad: Tensor) -> None:
+    def __call__(self, grads: Any) -> None:
         """Notes the call."""
         capture = self.capture()
         if capture is not None:
+            if isinstance(self.seen, Deferred) and self.seen.moments is None:
+                capture.observer.settle()
             capture.begin()
             capture.reached[id(self)] = self
+
+    @property
+    def moments(self) -> Moments:
+        """Of its input, once it has been reached."""
+        if isinstance(self.seen, Deferred):
+            assert self.seen.moments is not None
+            return self.seen.moments
+        return self.seen
+
+
+def _hook(output: Tensor, call: _Call) -> None:
+    if output.grad_fn is not None:  # a node's hook takes a third of the time that a tensor's does
+        output.grad_fn.register_prehook(call)
 
 
 class _Count:

@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 from gradcond.layers import Layer, first_input
-from gradcond.moments import channel_moments
+from gradcond.moments import channel_moments, is_matrix, moments_of_matrices
 from gradcond.patches import meets_all, patch_moments
 from gradcond.statistics import Moments
 
-__all__ = ["Observer"]
+__all__ = ["Deferred", "Observer"]
+
+
+_MANY = 1000  # passes
+
+
+class Deferred:
+    """Moments that are taken as the backward pass begins, of the rows that autograd keeps until then."""
+
+    __slots__ = "__weakref__", "moments", "x"
+
+    def __init__(self, x: Tensor) -> None:
+        self.x: Tensor | None = x
+        self.moments: Moments | None = None
 
 
 class Observer:
@@ -28,6 +41,7 @@ class Observer:
     def __init__(self, taps: bool, ghost: int | None) -> None:
         self.taps, self.ghost = taps, ghost
         self.seed = 0  # of the rows to draw, moved by every draw
+        self.waiting: list[weakref.ref[Deferred]] = []
         self.seen: dict[int, tuple[Callable[[], Tensor | None], int, int, tuple[Tensor, Tensor]]] = {}
 
     def moments(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Moments | None:
@@ -57,6 +71,33 @@ class Observer:
         if self.taps and layer.kernel_size > 1:  # no convolution: which positions its taps meet is not known
             mean, variance = (moment.repeat_interleave(layer.kernel_size) for moment in (mean, variance))
         return Moments(count, samples, rows, mean, variance)
+
+    def deferred(self, args: tuple[Any, ...], output: Tensor) -> Deferred | None:
+        """A place for the moments of a matrix that a linear layer's output is made of; None if it cannot wait.
+
+        Where hooks pack saved tensors away (activation checkpointing), and where the product is of a cast
+        (autocast), autograd does not keep it.
+        """
+        x = args[0] if args else None
+        if type(x) is not Tensor or x.dim() != 2 or self.ghost is not None or not is_matrix(x):
+            return None
+        if output.dtype is not x.dtype or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            return None
+        deferred = Deferred(x)
+        self.waiting.append(weakref.ref(deferred))
+        if len(self.waiting) > _MANY:  # passes that nobody goes back through
+            self.waiting = [ref for ref in self.waiting if ref() is not None]
+        return deferred
+
+    def settle(self) -> None:
+        """Takes all moments that have been put off, in one go: a call of a kernel each, and one check for all."""
+        there = [(d, d.x) for ref in self.waiting if (d := ref()) is not None and d.x is not None]
+        self.waiting.clear()
+        own = {id(x): x for _, x in there}  # several layers may be applied to the same
+        found = dict(zip(own, moments_of_matrices(list(own.values())), strict=True))
+        for deferred, x in there:
+            rows = len(x)
+            deferred.moments, deferred.x = Moments(rows, rows, rows, *found[id(x)]), None
 
     @torch.no_grad()
     def _draw(self, x: Tensor, n: int) -> Tensor:

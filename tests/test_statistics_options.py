@@ -131,10 +131,9 @@ def test_draws_repeat_resume_and_leave_the_global_generator_alone(settings):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_moments_are_taken_at_steps_1_and_1_plus_k_and_at_no_other(k, monkeypatch):
     taken = []
-    original = gradcond.inputs.channel_moments
-    monkeypatch.setattr(
-        gradcond.inputs, "channel_moments", lambda x, *args, **kw: (taken.append(x), original(x, *args, **kw))[1]
-    )
+    one, several = gradcond.inputs.channel_moments, gradcond.inputs.moments_of_matrices
+    monkeypatch.setattr(gradcond.inputs, "channel_moments", lambda x, axis: (taken.append(x), one(x, axis))[1])
+    monkeypatch.setattr(gradcond.inputs, "moments_of_matrices", lambda xs: (taken.extend(xs), several(xs))[1])
     model = network()
     optimizer, before = wrapped(model, 0.01, every=k), None
     for t in range(1, 8):
