@@ -49,8 +49,11 @@ def test_moments_of_several_matrices_are_those_of_each(sizes, offset, dtype, con
 
 
 def test_matrices_of_two_precisions_keep_theirs():
-    found = moments_of_matrices([torch.ones(2, 3, dtype=torch.float32), torch.ones(2, 3, dtype=torch.float64)])
+    exact = torch.randn(128, 64, dtype=torch.float64) * 1e-2 + 1e4
+    found = moments_of_matrices([exact.float(), exact])
     assert [mean.dtype for mean, _ in found] == [torch.float32, torch.float64]
+    for x, (_, variance) in zip((exact.float(), exact), found, strict=True):
+        assert_close(variance.double(), x.double().var(0, correction=0), rtol=1e-2, atol=0)
 
 
 def train(optimizer, model, steps=4, accumulate=1):
