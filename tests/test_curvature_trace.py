@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from gradcond.curvature import Estimate, diagonal, frobenius_norm, trace
 from gradcond.curvature.exchange import exchange
 from gradcond.curvature.operators import Products
+from gradcond.curvature.probes import Moments
 
 QUANTITIES = {
     "trace": (trace, lambda A: A.trace()),
@@ -40,16 +41,49 @@ def test_each_probe_takes_its_turn():
         assert_close(diagonals[i], (P @ A).diagonal() + omega[:, i] * left)
 
 
-# 1000 runs of n = 200 are in 0.93 to 0.96 at these; few products on one-sided distributions cover less:
-# see the docstring of frobenius_norm
-@pytest.mark.parametrize("budget", [12, 60])
-@pytest.mark.parametrize("name", SPECTRA)
-def test_intervals_of_the_trace_cover_the_truth(name, budget):
-    A, truth, hits = matrix(SPECTRA[name]), float(SPECTRA[name].sum()), 0
-    for seed in range(300):
-        low, high = trace(A, budget, seed).interval()
-        hits += float(low) <= truth <= float(high)
-    assert 0.95 - 0.03 - 0.025 <= hits / 300 <= 0.95 + 0.03 + 0.01
+# 1000 runs are in 0.919 to 0.966 at these
+@pytest.mark.parametrize("budget", [10, 20, 60])
+@pytest.mark.parametrize("name", [*SPECTRA, "one"])
+@pytest.mark.parametrize("quantity", ["trace", "norm"])
+def test_intervals_cover_the_truth(quantity, name, budget):
+    alone = torch.full((100,), 1e-3).index_fill(0, torch.tensor(0), 1.0)
+    A, (estimator, truth) = matrix(SPECTRA.get(name, alone)), QUANTITIES[quantity]
+    expected, hits = truth(A), 0
+    for seed in range(400):
+        low, high = estimator(A, budget, seed).interval()
+        hits += bool(low <= expected <= high)
+    assert 0.95 - 0.03 - 0.02 <= hits / 400 <= 0.95 + 0.03 + 0.01
+
+
+def test_an_interval_for_skewed_samples_is_turned_back_from_a_symmetric_one():
+    x = torch.tensor([0.1, 0.3, 0.2, 5.0, 0.4, 1.0, 0.1, 2.0, 0.1, 0.8])
+    g = float(((x - x.mean()) ** 3).mean() / x.var(correction=0) ** 1.5)
+    error = x.std() / 10**0.5
+    found = Estimate(x.mean(), error, 10, samples=10, skewness=torch.tensor(g))
+    for end, sign in zip(found.interval(), (1, -1), strict=True):
+        T = float((x.mean() - end) / error)
+        mapped = T + g * (T**2 / 3 + 1 / 6) / 10**0.5 + g**2 * T**3 / 270
+        assert mapped == pytest.approx(sign * 2.2621572, rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 1, 8], [4, 1, 5]])
+def test_moments_are_those_of_all_samples_together(sizes):
+    samples = torch.randn(10, 3) ** 2
+    moments = Moments()
+    for block in samples.split(sizes):
+        moments.add(block)
+    away = samples - samples.mean(0)
+    assert_close(moments.mean, samples.mean(0))
+    assert_close(moments.std_error, samples.std(0) / 10**0.5)
+    assert_close(moments.skewness, (away**3).mean(0) / (away**2).mean(0) ** 1.5)
+
+
+def test_the_interval_of_a_norm_has_the_roots_of_the_ends_of_its_square():
+    A = matrix(SPECTRA["outliers"])
+    found = frobenius_norm(A, 20)
+    low, high = found.square.interval()
+    assert torch.equal(torch.stack(found.interval()), torch.stack([low.clamp(min=0).sqrt(), high.sqrt()]))
+    assert low < found.estimate**2 < high and found.skewness > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
