@@ -94,6 +94,16 @@ def every_estimate_is_that_of_one_process():
         assert_close(own, estimate(alone), rtol=1e-9, atol=1e-9)
 
 
+def blocks_side_by_side_are_those_of_one_process():
+    together, alone = pair("hessian", method="double_backward")
+    names = ("0.*", "3.*")
+    found = curvature.each_block({name: together.block(name) for name in names}, lambda B: B.to_dense())
+    for name in names:
+        exact = alone.block(name).to_dense()
+        assert_close(found[name], exact, rtol=0, atol=1e-12 * float(exact.abs().max()))
+        same_everywhere(found[name])
+
+
 def part(rows: list[torch.Tensor], sizes: list[int]) -> list[tuple[torch.Tensor, ...]]:
     """This process's rows of the data of all, in batches of at most three."""
     own = [tensor.split(sizes)[RANK] for tensor in rows]
@@ -216,6 +226,7 @@ SCENARIOS = [
     products_equal_those_of_one_process,
     sums_and_weights_are_added_up_too,
     every_estimate_is_that_of_one_process,
+    blocks_side_by_side_are_those_of_one_process,
     samples_are_those_of_one_process,
     samples_follow_the_data_when_they_change,
     samples_of_unlike_processes_are_refused,

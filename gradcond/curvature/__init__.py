@@ -1,6 +1,7 @@
 """Matrix-free curvature: Hessian operators, Lanczos, spectra and condition numbers."""
 
 from gradcond.curvature.adaptive import optimizer_factor
+from gradcond.curvature.blocks import each_block
 from gradcond.curvature.composed import Block, Combination
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.density import Ratio, SpectralDensity
@@ -43,6 +44,7 @@ __all__ = [
     "Tridiagonal",
     "condition_number",
     "diagonal",
+    "each_block",
     "eigsh",
     "exact_spectrum",
     "frobenius_norm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,15 +35,17 @@ class GaussNewtonOperator(LossOperator):
         dummies = [torch.zeros_like(z, requires_grad=True) for z in tops]
         pulled = grad(tops, parameters, dummies, create_graph=True)
         linear = [i for i, g in enumerate(pulled) if g.requires_grad]
-        slopes = roots([pulled[i] for i in linear])
+        slopes = dict(zip(linear, roots([pulled[i] for i in linear]), strict=True))
         del pulled
 
-        def product(parts: Parts, batched: bool) -> Parts:
-            if not linear:
+        def product(parts: Parts, batched: bool, places: Sequence[int] | None = None) -> Parts:
+            own = range(len(parameters)) if places is None else places
+            moved = {i: part for i, part in zip(own, parts, strict=True) if i in slopes}
+            if not moved:
                 return [torch.zeros_like(part) for part in parts]
-            directions = [parts[i] for i in linear]
-            pushed = grad(slopes, dummies, directions, batched=batched)
-            return grad(tops, parameters, bend(pushed, batched), batched=batched, free=evaluation.once)
+            pushed = grad([slopes[i] for i in moved], dummies, list(moved.values()), batched=batched)
+            below = [parameters[i] for i in own]
+            return grad(tops, below, bend(pushed, batched), batched=batched, free=evaluation.once)
 
         return product
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,14 +72,16 @@ class Hessian(LossOperator):
         parameters = self.parameters
         gradient = grad([evaluation.loss()], parameters, create_graph=True)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]
-        slopes = roots([gradient[i] for i in curved])
+        slopes = dict(zip(curved, roots([gradient[i] for i in curved]), strict=True))
         del gradient
 
-        def product(parts: Parts, batched: bool) -> Parts:
-            if not curved:
+        def product(parts: Parts, batched: bool, places: Sequence[int] | None = None) -> Parts:
+            own = range(len(parameters)) if places is None else places
+            moved = {i: part for i, part in zip(own, parts, strict=True) if i in slopes}
+            if not moved:
                 return [torch.zeros_like(part) for part in parts]
-            directions = [parts[i] for i in curved]
-            return grad(slopes, parameters, directions, batched=batched, free=evaluation.once)
+            above, below = [slopes[i] for i in moved], [parameters[i] for i in own]
+            return grad(above, below, list(moved.values()), batched=batched, free=evaluation.once)
 
         return product
 

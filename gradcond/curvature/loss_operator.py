@@ -26,6 +26,7 @@ from gradcond.curvature.snapshot import Snapshot
 TOGETHER = 16, 64  # columns of one vectorized backward pass, and where few numbers are multiplied
 TRIAL = 4, 8  # of the one that tells whether such passes are faster
 QUICK, LONG = 2e-3, 0.05  # seconds of a product on the CPU: where several take little memory, and gain no time
+Places = Sequence[int] | None  # of parameters among those of an operator, None for all
 
 
 class Evaluation:
@@ -121,6 +122,7 @@ class LossOperator(Operator):
         self.probe: Probe | None = None  # how products are computed, and why, after the first one
         self._batching, self._tried = False, 0  # whether several columns go in one pass; with how many it was tried
         self._kept: Kept | None = None
+        self.made_by: Any = None  # what makes the products in its place, together with those of other blocks
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -246,19 +248,30 @@ class LossOperator(Operator):
     def _forward_over_reverse(self, evaluation: Evaluation) -> Product: ...
 
     def _columns(self, V: Tensor) -> Tensor:
-        kept, rows = self._kept, (V.shape[1], V.shape[0])
+        return self._together([(None, V)])[0] if self.made_by is None else self.made_by.ask(self.names, V)
+
+    def _together(self, asked: Sequence[tuple[Places, Tensor]]) -> list[Tensor]:
+        """Products in one pass over the data: of V (n, k) with all parameters, or with the block of some."""
+        sizes = [V.numel() for _, V in asked]
+
+        def push(product: Product, total: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+            for (places, V), rows in zip(asked, total.split(sizes), strict=True):
+                self._push(product, V, rows.view(V.shape[1], -1), parameters, places)
+            return total
+
+        def add(evaluation: Evaluation, total: Tensor) -> None:
+            push(self._product(evaluation, sum(V.shape[1] for _, V in asked)), total, self.parameters)
+
+        kept = self._kept
         if kept is None or not self._is_alone or not kept.snapshot.holds(*self._things(self.data)):
-
-            def add(evaluation: Evaluation, total: Tensor) -> None:
-                self._push(self._product(evaluation, rows[0]), V, total)
-
-            return self._mean(add, rows).mT
-        total = torch.zeros(rows, dtype=V.dtype, device=V.device)
-        with left_as_found(self.model, self.data, self._seed, kept.only_torch):  # a backward pass may draw, too
-            before = None if kept.only_torch else Draws()
-            self._push(kept.product, V, total, kept.parameters)
-            kept.only_torch = before is None or before.only_torch_since()
-        return total.div_(kept.divisor).mT
+            total = self._mean(add, (sum(sizes),))
+        else:
+            total = torch.zeros(sum(sizes), dtype=working_dtype(self.dtype), device=self.device)
+            with left_as_found(self.model, self.data, self._seed, kept.only_torch):  # a backward pass may draw, too
+                before = None if kept.only_torch else Draws()
+                push(kept.product, total, kept.parameters).div_(kept.divisor)
+                kept.only_torch = before is None or before.only_torch_since()
+        return [rows.view(V.shape[1], -1).mT for (_, V), rows in zip(asked, total.split(sizes), strict=True)]
 
     def _mean(self, add: Callable[[Evaluation, Tensor], Any], shape: Sequence[int]) -> Tensor:
         """What ``add`` adds to a tensor of this shape in all batches of all processes, over the weight of all."""
@@ -341,12 +354,15 @@ class LossOperator(Operator):
         kept = self._forward_costs if reuse else 0.0
         return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, kept, self.dtype)
 
-    def _push(self, product: Product, V: Tensor, total: Tensor, parameters: Sequence[Tensor] | None = None) -> None:
+    def _push(
+        self, product: Product, V: Tensor, total: Tensor, parameters: Sequence[Tensor], places: Places
+    ) -> None:
         """Adds the product with each column of V (n, k) to a row of total (k, n).
 
         Several go in one pass where that is faster than one by one.
         """
-        parameters = self.parameters if parameters is None else parameters
+        if places is not None:
+            product, parameters = functools.partial(product, places=places), [parameters[i] for i in places]
         if V.shape[1] > 1 and self.method == "auto" and self._batches(product, V, parameters):
             together = TOGETHER[self._is_quick]
             for columns, rows in zip(V.split(together, 1), total.split(together), strict=True):

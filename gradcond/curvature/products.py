@@ -17,8 +17,9 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 Parts = Sequence[Tensor]  # one tensor a parameter
-# a product of one vector, or of several stacked in front of each part (batched=True)
-Product = Callable[[Parts, bool], Parts]
+# a product of one vector, or of several stacked in front of each part (batched=True); by double backward also with
+# the diagonal block of some of the parameters, when their places are given as a third argument
+Product = Callable[..., Parts]
 # seconds: beside longer products, what the first one costs more is little; a device loads kernels in it
 SHORT, SHORT_ON_DEVICE = 0.05, 1.0
 METHODS = ("auto", "double_backward", "forward_over_reverse")
