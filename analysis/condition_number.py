@@ -126,6 +126,7 @@ def analyse_one(
     whole = {"name": "all", "kind": "", "parameters": matrix.shape[0], "kappa": conditions.of_all()}
     entries = [whole | {"units": None, "input_correlation": None}]
     correlations = unfinished("inputs", "correlation", lambda: _correlations(matrix, blocks))
+    numbers = conditions.of_blocks({f"{place}": block.index for place, block in enumerate(blocks)})
     for place, (block, correlation) in enumerate(zip(blocks, correlations, strict=True)):
         bar.set_postfix_str(block.name)
         entries.append(
@@ -133,7 +134,7 @@ def analyse_one(
                 "name": block.name,
                 "kind": block.kind,
                 "parameters": len(block.index),
-                "kappa": conditions.of_block(f"{place}", block.index),
+                "kappa": numbers[f"{place}"],
                 "units": conditions.of_units(f"{place}", block, args.units) if block.units else None,
                 "input_correlation": correlation,
             }

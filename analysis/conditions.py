@@ -11,6 +11,7 @@ import torch
 from layer_blocks import LayerBlock
 from spectra import Numbers, bulk, scalars
 from torch import Tensor
+from unfinished import Unfinished
 
 from gradcond import curvature
 
@@ -27,7 +28,7 @@ class Conditions:
     Args:
         matrix: the operator H; it is written out when the first number is measured.
         factors: P of each variant, None for H itself.
-        keep: `keep(variant, name, measure)` returns what `measure()` does, or what an earlier run has kept of it.
+        keep: where earlier runs have left what they measured.
         exact_below: see above.
         max_matvecs: most products for an estimate.
         seed: of its random start.
@@ -38,7 +39,7 @@ class Conditions:
         self,
         matrix: Any,
         factors: Mapping[str, Any],
-        keep: Callable[[str, str, Callable[[], Numbers]], Numbers],
+        keep: Unfinished,
         *,
         exact_below: int,
         max_matvecs: int,
@@ -53,11 +54,14 @@ class Conditions:
 
     def of_all(self) -> Numbers:
         """Return the numbers of the whole matrix, by variant."""
-        return self._by_variant("all", self._matrix, None)
+        return {v: self.keep(v, "all", functools.partial(self._numbers_of, v)) for v in self.factors}
 
-    def of_block(self, name: str, index: Tensor) -> Numbers:
-        """Return the numbers of the sub-block at these places, by variant; `name` is what they are kept under."""
-        return self._by_variant(name, self._matrix, index)
+    def _numbers_of(self, variant: str) -> Numbers:
+        return self._numbers(self._matrix(variant))
+
+    def of_blocks(self, blocks: Mapping[str, Tensor]) -> dict[str, Numbers]:
+        """Return the numbers of sub-blocks, by name and variant, from passes over the data that they share."""
+        return self._by_name(blocks, self._matrix)
 
     def of_units(self, name: str, block: LayerBlock, most: int) -> Numbers:
         """Return the numbers of a layer's output units, of up to `most` where the matrix is not written out."""
@@ -65,8 +69,8 @@ class Conditions:
         chosen = range(count) if self.exact else np.unique(np.linspace(0, count - 1, most).round().astype(int))
         # within the layer's block, so that a product costs what the layer does
         layer = functools.cache(lambda variant: _block(self._matrix(variant), block.index))
-        rows = [torch.searchsorted(block.index, block.units[unit]) for unit in chosen]
-        measured = [self._by_variant(f"{name}-{unit}", layer, row) for unit, row in zip(chosen, rows, strict=True)]
+        rows = {f"{name}-{unit}": torch.searchsorted(block.index, block.units[unit]) for unit in chosen}
+        measured = self._by_name(rows, layer).values()
         return {
             "count": count,
             "measured": [int(unit) for unit in chosen],
@@ -89,14 +93,24 @@ class Conditions:
             self.matrices[variant] = K.to_dense() if self.exact else K
         return self.matrices[variant]
 
-    def _by_variant(self, name: str, matrix: Callable[[str], Any], index: Tensor | None) -> Numbers:
-        """The numbers of a matrix, or of its sub-block, by variant: what is kept is not even made."""
+    def _by_name(self, places: Mapping[str, Tensor], matrix: Callable[[str], Any]) -> dict[str, Numbers]:
+        """The numbers of sub-blocks of a matrix, by name and variant: of what is kept, they are not even made."""
+        found: dict[str, Numbers] = {name: {} for name in places}
+        for variant in self.factors:
+            new = [name for name in places if not self.keep.has(variant, name)]
+            blocks = {name: _block(matrix(variant), places[name]) for name in new}
+            names = {id(block): name for name, block in blocks.items()}
 
-        def measure(variant: str) -> Numbers:
-            whole = matrix(variant)
-            return self._numbers(whole if index is None else _block(whole, index))
+            def measure(block: Any, variant: str = variant, names: dict[int, str] = names) -> Numbers:
+                return self.keep(variant, names[id(block)], lambda: self._numbers(block))
 
-        return {variant: self.keep(variant, name, functools.partial(measure, variant)) for variant in self.factors}
+            if self.exact:
+                measured = {name: measure(block) for name, block in blocks.items()}
+            else:
+                measured = curvature.each_block(blocks, measure)
+            for name in places:
+                found[name][variant] = measured[name] if name in measured else self.keep(variant, name, dict)
+        return found
 
     def _numbers(self, matrix: Any) -> Numbers:
         exact = self.exact or matrix.shape[0] <= self.max_matvecs

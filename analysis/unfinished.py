@@ -57,7 +57,7 @@ class Unfinished:
         Raises:
             InputError: if the file on disk cannot be read.
         """
-        path = self.folder / f"{variant}-{name}.pt"
+        path = self._path(variant, name)
         if not path.exists():
             result = measure()
             with replacing(path) as file:
@@ -69,6 +69,13 @@ class Unfinished:
             raise InputError(f"{path} of an earlier run is damaged ({error}); delete it") from error
         self.found += 1
         return result
+
+    def has(self, variant: str, name: str) -> bool:
+        """Is this result on disk?"""
+        return self._path(variant, name).exists()
+
+    def _path(self, variant: str, name: str) -> Path:
+        return self.folder / f"{variant}-{name}.pt"
 
     def tell(self, path: Path) -> None:
         """Print how many results of the checkpoint at `path` were found, if any."""
