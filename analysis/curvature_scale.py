@@ -6,6 +6,7 @@
 
 Growth: processor time of a Hessian product against the number of parameters (perceptrons of growing width) and of
 batches, and of a density against its Lanczos steps; the exponent is that of a least-squares power law, 1 is linear.
+Then what the densities of ten layers take, side by side and one after the other, in times of that of the matrix.
 Without --growth the sizes are small, and end in seconds.
 
 Network: the five largest eigenvalues, each certified, and a density, with a progress bar; before them the time they
@@ -25,7 +26,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -35,9 +36,9 @@ import numpy as np
 import torch
 from command import InputError, replacing, require_folder, write_json
 from curvature_data import Images, Text, rise
+from curvature_growth import growth
 from curvature_problems import large_gpt
 from step_models import resnet18
-from step_timing import interleaved
 from torch import Tensor, nn
 from tqdm import tqdm
 from unfinished import Unfinished, forget
@@ -47,12 +48,6 @@ from gradcond import curvature
 LOSS = nn.CrossEntropyLoss()
 COMMAND = "curvature_scale"
 EIGENPAIRS, EXPECTED = 5, 60  # pairs, and about the products that they take
-
-
-def perceptron(width: int) -> nn.Module:
-    """Four square layers and an output."""
-    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 class Remembered(curvature.Operator):
@@ -65,47 +60,6 @@ class Remembered(curvature.Operator):
     def _columns(self, V: Tensor) -> Tensor:
         digest = hashlib.sha256(np.ascontiguousarray(V.cpu()).data).hexdigest()
         return self.unfinished("product", digest[:32], lambda: self.parts[0] @ V)
-
-
-def hessian(width: int, batches: int, rows: int) -> curvature.Hessian:
-    """Of a perceptron on random data."""
-    torch.manual_seed(0)
-    data = [(torch.randn(rows, width), torch.randint(0, 10, (rows,))) for _ in range(batches)]
-    return curvature.Hessian(perceptron(width), LOSS, data)
-
-
-def growth(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Milliseconds against parameters, batches and steps, each with the exponent of its power law."""
-    large = args.growth
-    widths = (256, 362, 512, 724, 1024) if large else (64, 91, 128)
-    batches = (2, 4, 8, 16, 32) if large else (2, 4, 8)
-    steps = (20, 40, 80, 160) if large else (5, 10, 20)
-    found, width = {}, 256 if large else 64
-
-    def product(H: curvature.Hessian) -> Callable[[], Tensor]:
-        v = torch.ones(H.shape[0])
-        return lambda: H @ v
-
-    by_width = {H.shape[0]: product(H) for H in (hessian(size, 2, 128) for size in widths)}
-    found["parameters"] = _law(by_width, args)
-    found["batches"] = _law({number: product(hessian(width, number, 128)) for number in batches}, args)
-    H = hessian(width, 2, 128)
-    runs = {number: partial(curvature.spectral_density, H, number, 1) for number in steps}
-    found["steps"] = _law(runs, args)
-    return found
-
-
-def _law(runs: Mapping[int, Callable[[], object]], args: argparse.Namespace) -> dict[str, Any]:
-    times = interleaved(
-        {str(size): run for size, run in runs.items()},
-        rounds=args.rounds,
-        warm_up=2,
-        device=torch.device("cpu"),
-        title=", ".join(map(str, runs)),
-    )
-    sizes, ms = np.array(list(runs)), np.array([np.median(values) for values in times.values()])
-    exponent, _ = np.polyfit(np.log(sizes), np.log(ms), 1)
-    return {"sizes": sizes.tolist(), "ms": ms.tolist(), "exponent": float(exponent)}
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Any]:

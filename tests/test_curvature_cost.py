@@ -92,17 +92,66 @@ def test_peak_counts_arrays_of_numpy_too():
 
 
 def test_growth_is_fitted_by_a_power_law(capsys):
+    import curvature_growth
     import curvature_scale
 
     assert curvature_scale.main(["--rounds", "1"]) == 0
     text = capsys.readouterr().out
     assert all(f"{sweep}: {{'sizes'" in text for sweep in ("parameters", "batches", "steps"))
+    assert "ten blocks: {'Hessian, 1 batch': {'side by side': " in text
 
     class Args:
         rounds = 3
 
     sizes = {2**i: (lambda i=i: sum(range(40_000 * 2**i))) for i in range(4)}
-    assert 0.8 < curvature_scale._law(sizes, Args())["exponent"] < 1.2
+    assert 0.8 < curvature_growth._law(sizes, Args())["exponent"] < 1.2
+
+
+def test_a_killed_run_goes_on_from_the_products_it_has_made(tmp_path, monkeypatch):
+    import curvature_scale
+
+    from gradcond import curvature
+
+    (tmp_path / "text").write_bytes(bytes(range(200)) * 12)
+    made, product, most = [], curvature.Hessian._columns, [10**9]
+
+    def counted(self, V):
+        made.append(1)
+        if len(made) > most[0]:
+            raise KeyboardInterrupt
+        return product(self, V)
+
+    class Padded(torch.nn.Embedding):
+        """Four numbers a byte, and the rest of its 256 logits from them."""
+
+        def forward(self, x):
+            return super().forward(x).flatten(0, 1).repeat(1, 64)
+
+    monkeypatch.setattr(curvature_scale, "large_gpt", lambda: Padded(256, 4).float())
+    monkeypatch.setattr(curvature.Hessian, "_columns", counted)
+
+    def run(out):
+        made.clear()
+        options = ["--text", str(tmp_path / "text"), "--samples", "8", "--batch", "2", "--tol", "1e-2"]
+        return curvature_scale.main(
+            ["--network", "gpt", *options, "--train", "2", "--steps", "5", "--out", str(tmp_path / out)]
+        )
+
+    assert run("whole") == 0
+    all_products = len(made)
+    most[0] = 20
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    assert not (tmp_path / "killed" / "curvature_scale.json").exists()
+    most[0] = 10**9
+    assert run("killed") == 0
+    assert all_products - 20 < len(made) < all_products
+    found = [dict(np.load(tmp_path / out / "curvature_scale.npz")) for out in ("whole", "killed")]
+    assert all(np.array_equal(found[0][key], found[1][key]) for key in found[0])
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [
+        "curvature_scale.json",
+        "curvature_scale.npz",
+    ]
 
 
 @pytest.mark.parametrize(
