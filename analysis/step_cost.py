@@ -10,6 +10,8 @@ CPU it is processor time on one thread, and the C library keeps freed memory: a 
 for again costs as much as the arithmetic on it, at random. "peak" is the most memory alive at once in two steps,
 from the model's birth on, as PyTorch's own allocator records it: the same number in every run.
 
+"BNP by hand" is straight-line code for just these perceptrons, see step_floor.py: the least that there can be.
+
 The last table times the conditioning alone, without model and optimizer: GradientCentralization and
 MeanShiftRejection beside the two-kernel loop g.sub_(g.mean(dims, keepdim=True)) over the same gradients, on CUDA
 also beside one torch._foreach_mul_. --out writes step_cost.json and step_cost.md.
@@ -32,7 +34,8 @@ import numpy as np
 import step_timing
 import torch
 from command import InputError, replacing, require_folder, write_json
-from step_models import CASES, Case, transformer
+from step_floor import ByHand
+from step_models import CASES, Case, perceptron, transformer
 from step_timing import Step, compare, interleaved, keep_freed_memory, spread
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -51,22 +54,27 @@ CHAINS: dict[str, Callable[[], list[gradcond.Conditioner]]] = {
 }
 
 
+BY_HAND = "BNP by hand"
+
+
 def variants(case: Case) -> list[str]:
     """What can be measured in a case: mean-shift rejection needs kernels of several taps."""
     with torch.device("meta"):
         taps = any(p.dim() > 2 for p in case.build(nn.Identity, True).parameters())
     chains = [name for name in CHAINS if taps or name not in ("MeanShiftRejection", "[BNP, MSR]")]
-    return ["plain", *case.norms, *chains]
+    return ["plain", *case.norms, *chains, *[BY_HAND] * (case.build is perceptron)]
 
 
-def build(case: Case, variant: str, args: argparse.Namespace) -> tuple[nn.Module, Optimizer]:
+def build(case: Case, variant: str, args: argparse.Namespace) -> tuple[nn.Module, Any]:
     """One variant's network and optimizer; the network is the same draw in all of them."""
     torch.manual_seed(0)
     make = partial(case.build, attention=args.attention) if case.build is transformer else case.build
     model = make(case.norms.get(variant, nn.Identity), not args.no_bias).to(args.device)
     optimizer: Optimizer = SGD(model.parameters(), lr=1e-6)  # steps that leave the activations as they are
     if variant in CHAINS:
-        optimizer = gradcond.wrap(optimizer, model, CHAINS[variant]())
+        return model, gradcond.wrap(optimizer, model, CHAINS[variant]())
+    if variant == BY_HAND:
+        return model, ByHand(optimizer, model, len(case.data(args.device)[0]))
     return model, optimizer
 
 

@@ -54,6 +54,27 @@ def test_both_kinds_of_attention_take_the_same_numbers():
     torch.testing.assert_close(other(tokens), one(tokens))
 
 
+@pytest.mark.parametrize("key", ["b128", "b6", "b1"])
+def test_what_is_done_by_hand_is_what_bnp_does(key):
+    import step_cost
+    from step_models import CASES
+
+    case, args = CASES[key], step_cost.parse([])
+    inputs, targets = case.data(args.device)
+    found = []
+    for variant in ("BNP", step_cost.BY_HAND):
+        model, optimizer = step_cost.build(case, variant, args)
+        for group in getattr(optimizer, "optimizer", optimizer).param_groups:
+            group["lr"] = 0.1
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        for step in range(4):
+            nn.functional.cross_entropy(model(inputs + step / 10), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    assert (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
+
+
 def test_ratios_are_those_of_the_medians_of_differences():
     from step_timing import compare
 
