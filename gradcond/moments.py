@@ -55,7 +55,7 @@ def channel_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 def is_matrix(x: Tensor) -> bool:
     """Can `moments_of_matrices` take it, in one of its kernel's calls?"""
     plain = x.is_contiguous() and (x.dtype is torch.float32 or x.dtype is torch.float64)
-    return plain and x.is_cpu and (x.shape[1] >= 64 or 0 < x.numel() < 2**15)
+    return plain and x.is_cpu and x.numel() > 0 and (x.shape[1] >= 64 or x.numel() < 2**15)
 
 
 def moments_of_matrices(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -113,6 +113,16 @@ def test_an_input_lives_no_longer_than_its_graph():
     assert {rows for _, _, rows in statistics(optimizer).values()} == {3}
 
 
+@pytest.mark.parametrize("inputs", [6, 100])
+def test_a_batch_without_rows_counts_nothing(inputs):
+    model = nn.Sequential(nn.Linear(inputs, 5), nn.Linear(5, 2))
+    optimizer = wrapped(model, [BNP()], lr=0.1)
+    model(torch.ones(0, inputs)).sum().backward()
+    model(torch.ones(3, inputs)).sum().backward()
+    optimizer.step()
+    assert {rows for _, _, rows in statistics(optimizer).values()} == {3}
+
+
 def test_passes_without_a_way_back_leave_no_trail():
     model = network()
     optimizer = wrapped(model, [BNP()], lr=0.1)
