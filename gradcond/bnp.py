@@ -125,6 +125,35 @@ class BNP(Conditioner):
             state["age"] = 1
             state["_metric"] = (self.eps_rel, self.eps, q[j], metrics[j]) if metrics else None
 
+    def condition_all_(
+        self,
+        gradients: Sequence[tuple[Tensor, Tensor]],
+        states: Sequence[dict[str, Any]],
+        moments: Sequence[Moments],
+        scratch: dict[str, Any],
+    ) -> bool:
+        """With the running moments of all layers side by side, and three operations for each."""
+        bank = scratch.get("bank")
+        if type(self) is not BNP or bank is None:
+            return False
+        if not (self.center and self.standardize and self.eps > 0 and bank.holds(states, moments)):
+            return False
+        if any(weight.dtype is not bank.flat.dtype for weight, _ in gradients):
+            return False
+        bank.fold(states, moments, weight_of(states[0]["steps"] + 1, self.decay, self.start))
+        q = [self._q(weight.shape[1], state) for (weight, _), state in zip(gradients, states, strict=True)]
+        metrics = bank.damped(self.eps_rel, self.eps, q)
+        for (weight, bias), state, metric, own in zip(gradients, states, metrics, q, strict=True):
+            mean = state["mean"]
+            weight.addr_(bias, mean, alpha=-1).mul_(metric)
+            bias.addmv_(weight, mean, beta=1 / own**2, alpha=-1)
+            state["age"], state["q"], state["_metric"] = 1, own, (self.eps_rel, self.eps, own, metric)
+        return True
+
+    def _q(self, fan_in: int, state: dict[str, Any]) -> float:
+        n = fan_in if self.scale is None else state["rows" if self.scale == "rows" else "samples"]
+        return float(max(fan_in / n, 1.0) ** 0.5)
+
     def wait(self, state: dict[str, Any]) -> None:
         """The moments grow older."""
         state["age"] += 1
@@ -133,8 +162,7 @@ class BNP(Conditioner):
         """P from the running moments; the identity before the first ones."""
         if "mean" not in state:
             return None
-        n = {"rows": state["rows"], "batch": state["samples"], None: layer.fan_in}[self.scale]
-        state["q"] = q = max(layer.fan_in / n, 1.0) ** 0.5  # for the next step's bank
+        state["q"] = q = self._q(layer.fan_in, state)  # for the next step's bank
         form = WithBias if state.get("has_bias", True) else WithoutBias
         centers = self.center and not (state.get("feeds_batch_norm") and form is WithoutBias)
         *settings, metric = state.get("_metric") or (None,)
@@ -142,7 +170,7 @@ class BNP(Conditioner):
             metric = self._metric(state["variance"], q)
         mean = state["mean"]
         parts = layer, form, centers, mean, metric
-        if layer.kept is None or not all(map(is_, layer.kept[0], parts)):
+        if layer.kept is None or layer.kept[1].q != q or not all(map(is_, layer.kept[0], parts)):
             center = layer.columns(mean if centers else torch.zeros_like(mean))
             layer.kept = parts, form(center, layer.columns(metric), q, layer)
         row_map: RowMap = layer.kept[1]  # where it is an old one, the bank has moved its tensors

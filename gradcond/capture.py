@@ -152,6 +152,10 @@ class InputCapture(_Hook):
     def _collect(self, moments: Moments) -> None:
         self.collected = _merge(self.collected, moments)
 
+    def ready(self) -> Moments | None:
+        """What `take` will return where there was one gradient, of passes that were not compiled; else None."""
+        return self.collected if self.active and self.traced is None and self.set_aside is None else None
+
     def take(self) -> Moments | None:
         """The moments of the rows that made the gradient, and a fresh start."""
         weight = self.weight

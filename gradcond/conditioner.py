@@ -190,6 +190,20 @@ class Conditioner(ABC):
         for state, m in zip(states, moments, strict=True):
             self.update(state, m)
 
+    def condition_all_(
+        self,
+        gradients: Sequence[tuple[Tensor, Tensor]],
+        states: Sequence[dict[str, Any]],
+        moments: Sequence[Moments],
+        scratch: dict[str, Any],
+    ) -> bool:
+        """`update_all`, and then M g for the weights' and biases' gradients of Linear layers, in place, at one go.
+
+        Returns:
+            False, with nothing touched, where each layer must be asked by itself.
+        """
+        return False
+
     def update_rate(
         self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor
     ) -> None:

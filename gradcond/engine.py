@@ -23,6 +23,7 @@ from gradcond.preconditioner import Preconditioner
 from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
 from gradcond.states import State, check_saved, copied, kept, loaded_states, saved_state
 from gradcond.statistics import Moments
+from gradcond.together import Together
 
 __all__ = ["Engine"]
 
@@ -141,6 +142,7 @@ class Engine:
             held = {id(p) for p in now.held}
             found = [self._assignment(name, layer, held) for name, layer in self.layers.items()]
             self.parameters, self.found = now, [a for a in found if a is not None]
+            self.together = Together(self.chain, self.found, self.captures)
             self.fixed_maps.clear()
         return self.found
 
@@ -177,6 +179,7 @@ class Engine:
         self.frozen: dict[str, RowMap | None] = {}
         self.unseen: set[str] = set()
         self.idle = self.first = True  # nothing has been conditioned yet
+        self.at_one_go = not self.ranks.several
 
     @torch.compiler.disable
     def condition_(self) -> None:
@@ -188,6 +191,8 @@ class Engine:
         if not self.chain:
             return
         with torch.no_grad():
+            if self.at_one_go and self._at_one_go():
+                return
             ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
             screened = self._screened(ready) if self.screens else {}
             moments = self._merged({name: capture.take() for name, capture in self.captures.items()}, screened)
@@ -198,6 +203,16 @@ class Engine:
         for assignment in ready:  # several layers may share a gradient
             grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
             self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
+
+    def _at_one_go(self) -> bool:
+        """An ordinary step of layers that are all alike."""
+        done = self.together.step_(
+            self.chain[0], self.states[0], self.scratch[0], self.conditioned, self.check_finite
+        )
+        if done:
+            self.idle = self.first = False
+            self.probe.remove()
+        return done
 
     def _apply_(self, ready: Sequence[Assignment], screened: Mapping[str, tuple[Rows, Tensor, Any]]) -> None:
         """Replaces the gradients of these layers by M g."""
@@ -258,6 +273,7 @@ class Engine:
 
     def conditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure whose gradients are conditioned after each evaluation."""
+        self.at_one_go = False  # later evaluations keep the first one's P
 
         def evaluate() -> Any:
             with torch.enable_grad():

@@ -1,0 +1,87 @@
+"""A step of one conditioner on Linear layers, all of them at one go, with next to no Python between the operations.
+
+The engine goes from layer to layer, whatever they are, and asks each one what there is to do. Of small layers that
+takes longer than the arithmetic. Where a chain is a single conditioner that can change all gradients together, and
+every layer is a Linear with its bias, an ordinary step is taken here, by the same operations; whenever anything is
+out of the ordinary nothing is touched, and the engine takes the step.
+"""
+
+from __future__ import annotations
+
+import cmath
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradcond.assignment import Assignment
+from gradcond.capture import InputCapture
+from gradcond.conditioner import Conditioner
+from gradcond.finite import total_of
+
+__all__ = ["Together"]
+
+
+class Together:
+    """The layers of a step, and what they need.
+
+    Args:
+        chain: of the optimizer.
+        assignments: its layers.
+        captures: of all layers of the model, by name.
+    """
+
+    def __init__(
+        self, chain: Sequence[Conditioner], assignments: Sequence[Assignment], captures: Mapping[str, InputCapture]
+    ) -> None:
+        alone = len(chain) == 1 and type(chain[0]).condition_all_ is not Conditioner.condition_all_
+        self.possible = alone and len(assignments) == len(captures) > 0 and all(map(_is_linear, assignments))
+        self.rows = [
+            (a.layer.name, a.weights[0], a.biases[0], captures[a.layer.name])
+            for a in assignments
+            if self.possible  # otherwise nobody asks
+        ]
+
+    def step_(
+        self,
+        conditioner: Conditioner,
+        states: Mapping[str, dict[str, Any]],
+        scratch: dict[str, Any],
+        conditioned: dict[str, Any],
+        check: bool | None,
+    ) -> bool:
+        """Folds the moments and replaces the gradients; says whether it did, and has touched nothing if not.
+
+        Args:
+            conditioner: the one of the chain.
+            states: of the layers.
+            scratch: what the conditioner keeps between the steps.
+            conditioned: takes down which gradients have been replaced, and in which version.
+            check: are gradients and inputs looked at? None: on the CPU.
+        """
+        if not self.possible:
+            return False
+        gradients: list[tuple[Tensor, Tensor]] = []
+        own, moments = [], []
+        for name, weight, bias, capture in self.rows:
+            g, h, state, seen = weight.grad, bias.grad, states.get(name), capture.ready()
+            if g is None or h is None or seen is None or g.is_sparse or state is None or not state["has_bias"]:
+                return False
+            gradients.append((g, h))
+            own.append(state)
+            moments.append(seen)
+        looked_at = [g for pair in gradients for g in pair] + [m.variance for m in moments]
+        on_cpu = all(t.is_cpu for t in looked_at)
+        if (on_cpu if check is None else check) and not cmath.isfinite(total_of(looked_at, on_cpu=on_cpu)):
+            return False
+        if not conditioner.condition_all_(gradients, own, moments, scratch):
+            return False
+        for (name, _, _, capture), (g, _) in zip(self.rows, gradients, strict=True):
+            capture.collected = None
+            conditioned[name] = weakref.ref(g), g._version, g._version
+        return True
+
+
+def _is_linear(assignment: Assignment) -> bool:
+    return assignment.matrix and assignment.moves_bias and len(assignment.biases) == 1
