@@ -78,8 +78,7 @@ class Observer:
         Where hooks pack saved tensors away (activation checkpointing), and where the product is of a cast
         (autocast), autograd does not keep it.
         """
-        x = args[0] if args else None
-        if type(x) is not Tensor or x.dim() != 2 or self.ghost is not None or not is_matrix(x):
+        if not args or self.ghost is not None or not is_matrix(x := args[0]):
             return None
         if output.dtype is not x.dtype or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return None

@@ -54,8 +54,9 @@ def channel_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 def is_matrix(x: Tensor) -> bool:
     """Can `moments_of_matrices` take it, in one of its kernel's calls?"""
-    plain = x.is_contiguous() and (x.dtype is torch.float32 or x.dtype is torch.float64)
-    return plain and x.is_cpu and x.numel() > 0 and (x.shape[1] >= 64 or x.numel() < 2**15)
+    if (x.dtype is not torch.float32 and x.dtype is not torch.float64) or not _is_plain(x):
+        return False
+    return x.dim() == 2 and x.is_contiguous() and x.numel() > 0 and (x.shape[1] >= 64 or x.numel() < 2**15)
 
 
 def moments_of_matrices(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

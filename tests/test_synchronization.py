@@ -40,13 +40,24 @@ def test_reading_a_number_is_noticed(read):
         read(torch.ones(()))
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "bias-free"])
-@pytest.mark.parametrize("chain", CHAINS)
-def test_a_step_reads_no_number(chain, bias, monkeypatch):
-    model = nn.Sequential(
+def convolutions(bias):
+    return nn.Sequential(
         *[nn.Conv2d(2, 4, 3, bias=bias), nn.ReLU(), nn.Conv2d(4, 4, 2, groups=2, bias=bias), nn.GroupNorm(2, 4)],
         *[nn.ConvTranspose2d(4, 3, 2, bias=bias), nn.Flatten(), nn.Linear(48, 5, bias=bias)],
     )
+
+
+def perceptron(bias):
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 6, bias=bias), nn.ReLU(), nn.Linear(6, 5, bias=bias))
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "bias-free"])
+@pytest.mark.parametrize(
+    "build, chain",
+    [*((convolutions, chain) for chain in CHAINS), (perceptron, "bnp"), (perceptron, "bnp-every-step")],
+)
+def test_a_step_reads_no_number(build, chain, bias, monkeypatch):
+    model = build(bias)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     optimizer = gradcond.wrap(sgd, model, CHAINS[chain](), check_finite=False)
     # on a CPU the moments of inputs look for means far from zero, by a number; this is the kernel for elsewhere
@@ -56,7 +67,7 @@ def test_a_step_reads_no_number(chain, bias, monkeypatch):
     for name in ("tolist", "numpy", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, None)
     with NeverWait():
-        for _ in range(3):
+        for _ in range(4):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
