@@ -118,9 +118,9 @@ class Bank:
         """Are these the states whose moments it holds, in step, and are their new ones of its kind?"""
         if len(states) != len(self.views):
             return False
-        steps, dtype, device = states[0]["steps"], self.flat.dtype, self.flat.device
+        steps, dtype, device = states[0].get("steps"), self.flat.dtype, self.flat.device
         for state, m, (mean, variance, _) in zip(states, moments, self.views, strict=True):
-            if state["mean"] is not mean or state["variance"] is not variance or state["steps"] != steps:
+            if state.get("mean") is not mean or state["variance"] is not variance or state["steps"] != steps:
                 return False
             if m.mean.dtype is not dtype or m.mean.device != device:
                 return False

@@ -66,7 +66,7 @@ class Together:
         own, moments = [], []
         for name, weight, bias, capture in self.rows:
             g, h, state, seen = weight.grad, bias.grad, states.get(name), capture.ready()
-            if g is None or h is None or seen is None or g.is_sparse or state is None or not state["has_bias"]:
+            if g is None or h is None or seen is None or g.is_sparse or not (state and state.get("has_bias")):
                 return False
             gradients.append((g, h))
             own.append(state)

@@ -1,6 +1,7 @@
 """Steps taken for all layers at one go are those taken layer by layer, to the bit, and only where they may be."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -110,6 +111,12 @@ def saved_and_loaded(model, optimizer, t):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+def started_over(model, optimizer, t):
+    ordinary(model, optimizer, t)
+    if t == 4:
+        optimizer.load_state_dict(optimizer.fresh)
+
+
 def settings_that_change(model, optimizer, t):
     optimizer.conditioners[0].eps_rel = 0.01 * (1 + t % 3)
     optimizer.conditioners[0].decay = 0.9 - 0.1 * (t % 2)
@@ -126,6 +133,7 @@ WAYS = [
     a_layer_left_out_now_and_then,
     frozen_now_and_then,
     saved_and_loaded,
+    started_over,
     settings_that_change,
 ]
 CHAINS = {
@@ -151,6 +159,7 @@ def test_at_one_go_or_layer_by_layer_is_the_same(way, chain, bias, monkeypatch):
         optimizer = wrap(
             torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model, [copy.copy(CHAINS[chain])]
         )
+        optimizer.fresh = copy.deepcopy(optimizer.state_dict())
         for t in range(8):
             if bias or way is not frozen_now_and_then:
                 way(model, optimizer, t)
@@ -161,6 +170,25 @@ def test_at_one_go_or_layer_by_layer_is_the_same(way, chain, bias, monkeypatch):
     v = torch.randn(sum(p.numel() for p in found[0][0] if p.requires_grad))
     assert torch.equal(found[0][2].apply(v), found[1][2].apply(v))
     assert str(found[0][3]) == str(found[1][3])
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_statistics_start_anew_from_a_state_that_has_none(bare):
+    model = network()
+    optimizer = wrapped(model, [BNP()], lr=0.05)
+    fresh = copy.deepcopy((optimizer.optimizer if bare else optimizer).state_dict())
+    for t in range(4):
+        ordinary(model, optimizer, t)
+    with pytest.warns(UserWarning, match="start anew") if bare else nullcontext():
+        optimizer.load_state_dict(fresh)
+    other = copy.deepcopy(model)
+    beginning = wrapped(other, [BNP()], lr=0.05)
+    for t in range(4):
+        ordinary(model, optimizer, t)
+        ordinary(other, beginning, t)
+    assert_same(
+        (list(model.parameters()), optimizer.state_dict()), (list(other.parameters()), beginning.state_dict())
+    )
 
 
 def test_all_evaluations_of_a_closure_see_the_first_ones_factor(taken):
