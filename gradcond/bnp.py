@@ -172,7 +172,7 @@ class BNP(Conditioner):
         parts = layer, form, centers, mean, metric
         if layer.kept is None or layer.kept[1].q != q or not all(map(is_, layer.kept[0], parts)):
             center = layer.columns(mean if centers else torch.zeros_like(mean))
-            layer.kept = parts, form(center, layer.columns(metric), q, layer)
+            layer.kept = parts, form(center, layer.columns(metric), q, layer, rests=self.eps == 0)
         row_map: RowMap = layer.kept[1]  # where it is an old one, the bank has moved its tensors
         return row_map
 
@@ -219,6 +219,9 @@ class _Whitening(RowMap):
     metric: Tensor  # likewise, 1 / (q sigma~)^2; zero where a weight rests
     q: float
     layer: Layer
+    rests: bool = True  # may a weight rest?
+
+    on_each_row: ClassVar[bool] = True
 
     @property
     def scale(self) -> float:
@@ -266,7 +269,7 @@ class _Whitening(RowMap):
 class WithBias(_Whitening):
     """P = (1/q) U D, U = [[1, -mu^T], [0, I]], D = diag(1, 1/sigma~)."""
 
-    on_matrix: ClassVar[bool] = True
+    on_matrix = True
 
     def factor(self, rows: Rows) -> Rows:
         """Weights z / sigma~, bias minus what they carry of the mean."""
@@ -292,8 +295,11 @@ class WithBias(_Whitening):
         if matrix is None or matrix.dtype is not mean.dtype:
             return super().squares(theta, gradient)
         assert theta.bias is not None and gradient.bias is not None
-        size = torch.mv(matrix, mean * (metric > 0)).add_(theta.bias.view(-1)).square_().mul_(self.q**2)
-        size.addmv_(matrix.square(), torch.where(metric > 0, metric.reciprocal(), 0.0))
+        inverse = metric.reciprocal()
+        if self.rests:
+            mean, inverse = mean * (metric > 0), inverse.masked_fill_(metric == 0, 0.0)
+        size = torch.addmv(theta.bias.view(-1), matrix, mean).square_()
+        size.addmv_(matrix.square(), inverse, beta=self.q**2)
         matrix, mean, metric = self._matrix(gradient.weight)
         if matrix is None:
             return size[None], square_of(self.factor_transpose(gradient))

@@ -85,7 +85,7 @@ class Centering(SymmetricMap):
 
     axes: tuple[tuple[int, ...], ...]
 
-    on_matrix: ClassVar[bool] = True
+    on_matrix = True
 
     def factor(self, rows: Rows) -> Rows:
         """C w."""

@@ -38,8 +38,10 @@ class RowMap(ABC):
         """M g = P P^T g; methods with a shorter closed form override it."""
         return self.factor(self.factor_transpose(rows))
 
-    on_matrix: ClassVar[bool] = False  # do `screen` and `apply_` take Linear's weight and bias as they are, too?
+    on_matrix: bool = False  # do `screen`, `apply_` and `squares` take Linear's weight and bias as they are, too?
     comes_first: ClassVar[bool] = False  # is it outermost, wherever its conditioner stands?
+    on_each_row: ClassVar[bool] = False  # does it act on each row by itself? Then it commutes with `scales_rows`
+    scales_rows: ClassVar[bool] = False  # is it one number per row?
 
     def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:
         """|P^+ theta|^2 and |P^T g|^2 of each row, (groups, out)."""
@@ -109,6 +111,12 @@ class Chain(RowMap):
         """The product of the members'."""
         return math.prod(row_map.scale for row_map in self.maps)
 
+    @property
+    def on_matrix(self) -> bool:  # type: ignore[override]
+        """Where rows are scaled after one map that can take them so."""
+        outermost, *inner = self.maps
+        return outermost.scales_rows and len(inner) == 1 and inner[0].on_each_row and inner[0].on_matrix
+
     def apply(self, rows: Rows) -> Rows:
         """P_A M_B P_A^T g: the innermost map in its closed form, the others around it."""
         *outer, inner = self.maps
@@ -120,8 +128,12 @@ class Chain(RowMap):
         outermost, *inner = self.maps
         if not isinstance(outermost, SymmetricMap):
             return super().apply_(rows)
+        within = Chain(tuple(inner)) if len(inner) > 1 else inner[0]
+        if outermost.scales_rows and all(row_map.on_each_row for row_map in inner):
+            within.apply_(rows)
+            return outermost.apply_(rows)
         outermost.factor_(rows)
-        (Chain(tuple(inner)) if len(inner) > 1 else inner[0]).apply_(rows)
+        within.apply_(rows)
         outermost.factor_(rows)
 
 
@@ -280,7 +292,8 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
 
 def square_of(rows: Rows) -> Tensor:
     """Squared length of each row: (groups, out)."""
-    squares = rows.weight.square().flatten(2).sum(2)
+    squares = rows.weight.square()
+    squares = squares.sum(1)[None] if squares.dim() == 2 else squares.flatten(2).sum(2)
     return squares if rows.bias is None else squares + rows.bias.square()
 
 

@@ -79,16 +79,17 @@ class RateDamping(Conditioner):
             size, slope, least = square_of(theta), square_of(gradient), self.floor
         else:
             (size, slope), least = chain.squares(theta, gradient), self.floor * chain.scale**2
-        relative = slope.mul_(rate**2).div_(size.clamp_min_(max(least, torch.finfo(size.dtype).tiny)))
+        relative = slope.div_(size.clamp_min_(max(least, torch.finfo(size.dtype).tiny)))
         state["steps"] = t = state.get("steps", 0) + 1
-        state["sum"] = total = state.get("sum", 0.0) + relative
-        state["factor"] = (1 + self.strength * (1 + self.delay / t) * total).rsqrt()
+        before = state.get("sum")
+        state["sum"] = total = relative.mul_(rate**2) if before is None else relative.mul_(rate**2).add_(before)
+        state["factor"] = (total * (self.strength * (1 + self.delay / t))).add_(1).rsqrt_()
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
         """D^1/2 of the last step; the identity before the first one."""
         if "factor" not in state or self.strength == 0:
             return None
-        return RowScaling(state["factor"].sqrt(), layer.taps)
+        return RowScaling(state["factor"], layer.taps)
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """A sum and a factor per output unit."""
@@ -103,22 +104,37 @@ class RateDamping(Conditioner):
 
 def _wide(rows: Rows) -> Rows:
     """Rows whose squares neither overflow nor vanish, and whose sum over many steps goes on growing."""
-    dtype = torch.promote_types(rows.weight.dtype, torch.float32)
-    return Rows(rows.weight.to(dtype), None if rows.bias is None else rows.bias.to(dtype))
+    if rows.weight.dtype.itemsize >= 4:
+        return rows
+    return Rows(rows.weight.float(), None if rows.bias is None else rows.bias.float())
 
 
 @dataclass(frozen=True)
 class RowScaling(SymmetricMap):
     """P = diag(s), one number per row."""
 
-    s: Tensor  # (groups, out)
+    square: Tensor  # (groups, out), of s
     taps: int
 
     comes_first: ClassVar[bool] = True  # D^1/2 P, which is P D^1/2 for every P that acts on each row by itself
+    scales_rows: ClassVar[bool] = True
+
+    @property
+    def s(self) -> Tensor:
+        """One number per row."""
+        return self.square.sqrt()
 
     def _times(self, rows: Rows, s: Tensor) -> Rows:
-        weight = rows.weight * s[(...,) + (None,) * (1 + self.taps)]
+        weight = rows.weight * self._wide(s)
         return Rows(weight, None if rows.bias is None else rows.bias * s)
+
+    def _times_(self, rows: Rows, s: Tensor) -> None:
+        rows.weight.mul_(self._wide(s))
+        if rows.bias is not None:
+            rows.bias.mul_(s)
+
+    def _wide(self, s: Tensor) -> Tensor:
+        return s[(...,) + (None,) * (1 + self.taps)]
 
     def factor(self, rows: Rows) -> Rows:
         """S z."""
@@ -126,13 +142,20 @@ class RowScaling(SymmetricMap):
 
     def factor_(self, rows: Rows) -> None:
         """The same in place."""
-        rows.weight.mul_(self.s[(...,) + (None,) * (1 + self.taps)])
-        if rows.bias is not None:
-            rows.bias.mul_(self.s)
+        self._times_(rows, self.s)
 
     def apply(self, rows: Rows) -> Rows:
         """s^2 g."""
-        return self._times(rows, self.s.square())
+        return self._times(rows, self.square)
+
+    def apply_(self, rows: Rows, found: Tensor | None = None) -> None:
+        """The same in place, of a matrix as well."""
+        if rows.weight.dim() > 2:
+            return self._times_(rows, self.square)
+        square = self.square.view(-1)
+        rows.weight.mul_(square[:, None])
+        if rows.bias is not None:
+            rows.bias.mul_(square)
 
     def inverse(self, rows: Rows) -> Rows:
         """Theta / s."""

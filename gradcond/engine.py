@@ -434,7 +434,6 @@ class Engine:
             return self.fixed_maps[assignment.layer.name]
         layer, whole = assignment.layer, assignment.whole
         maps: list[RowMap | None] = []
-        n = len(assignment.weights)
         for i in assignment.members:
             conditioner, state = self.chain[i], self.states[i].get(layer.name)
             if state is None or (conditioner.uses_inputs and layer.name in self.unseen):
@@ -443,11 +442,9 @@ class Engine:
             if view.units == 0:
                 continue
             if conditioner.uses_rate:
-                grads: list[Any] = [gathered(p.grad) for p in assignment.parameters]
-                own = [gathered(p) for p in assignment.parameters]
-                gradient = joined(view, grads[:n], grads[n:], share=max(len(grads) - n, 1))
-                theta = joined(view, own[:n], own[n:])
-                conditioner.update_rate(state, compose(maps), theta, gradient, self._rate(assignment))
+                chain = compose(maps)
+                theta, gradient = _theta_and_gradient(view, assignment, chain)
+                conditioner.update_rate(state, chain, theta, gradient, self._rate(assignment))
             if assignment.sharded and not whole:
                 state = local_state(layer, state)
             maps.append(conditioner.row_map(view, state))
@@ -487,6 +484,18 @@ def _rows(assignment: Assignment, row_map: RowMap) -> Rows:
     if assignment.matrix and row_map.on_matrix:
         return Rows(weight, bias)
     return assignment.layer.rows(weight, bias)
+
+
+def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | None) -> tuple[Rows, Rows]:
+    """A layer's parameters and their gradient, whole."""
+    own: Sequence[Any] = assignment.parameters
+    if assignment.matrix and len(own) == 2 and chain is not None and chain.on_matrix:
+        return Rows(*own), Rows(*(p.grad for p in own))
+    n, grads = len(assignment.weights), [p.grad for p in own]
+    if assignment.sharded:
+        own, grads = ([gathered(t) for t in tensors] for tensors in (own, grads))
+    share = max(len(grads) - n, 1)
+    return joined(layer, own[:n], own[n:]), joined(layer, grads[:n], grads[n:], share=share)
 
 
 def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:
