@@ -52,7 +52,7 @@ class RateDamping(Conditioner):
         >>> damping, state = RateDamping(strength=3, delay=0), {}
         >>> damping.update_rate(state, None, theta, gradient, rate=1.0)  # rho = 1
         >>> damping.row_map(layer, state).apply(gradient).weight
-        tensor([[[1.0000]]])
+        tensor([[[1.]]])
     """
 
     strength: float = 5.0
