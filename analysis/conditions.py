@@ -108,9 +108,13 @@ class Conditions:
                 measured = {name: measure(block) for name, block in blocks.items()}
             else:
                 measured = curvature.each_block(blocks, measure)
-            for name in places:
-                found[name][variant] = measured[name] if name in measured else self.keep(variant, name, dict)
+            for name, index in places.items():
+                again = functools.partial(self._numbers_of_block, matrix, variant, index)
+                found[name][variant] = measured[name] if name in measured else self.keep(variant, name, again)
         return found
+
+    def _numbers_of_block(self, matrix: Callable[[str], Any], variant: str, index: Tensor) -> Numbers:
+        return self._numbers(_block(matrix(variant), index))
 
     def _numbers(self, matrix: Any) -> Numbers:
         exact = self.exact or matrix.shape[0] <= self.max_matvecs

@@ -57,6 +57,10 @@ class Remembered(curvature.Operator):
         super().__init__(A.shape[0], A.dtype, A.device, parts=(A,))
         self.unfinished = unfinished
 
+    def check_deterministic(self) -> float:
+        """As it was found: two products, which a run that goes on need not make again."""
+        return self.unfinished("check", "deterministic", super().check_deterministic)
+
     def _columns(self, V: Tensor) -> Tensor:
         digest = hashlib.sha256(np.ascontiguousarray(V.cpu()).data).hexdigest()
         return self.unfinished("product", digest[:32], lambda: self.parts[0] @ V)
