@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gradcond.conditioner import Conditioner, RowMap, square_of
+from gradcond.conditioner import Conditioner, RowMap, Squares, square_of
 from gradcond.layers import Layer, Rows
 from gradcond.statistics import Bank, Moments, fold, weight_of
 
@@ -127,10 +127,12 @@ class BNP(Conditioner):
 
     def condition_all_(
         self,
+        parameters: Sequence[tuple[Tensor, Tensor]],
         gradients: Sequence[tuple[Tensor, Tensor]],
         states: Sequence[dict[str, Any]],
         moments: Sequence[Moments],
         scratch: dict[str, Any],
+        squares: list[Squares] | None = None,
     ) -> bool:
         """With the running moments of all layers side by side, and three operations for each."""
         bank = scratch.get("bank")
@@ -143,9 +145,15 @@ class BNP(Conditioner):
         bank.fold(states, moments, weight_of(states[0]["steps"] + 1, self.decay, self.start))
         q = [self._q(weight.shape[1], state) for (weight, _), state in zip(gradients, states, strict=True)]
         metrics = bank.damped(self.eps_rel, self.eps, q)
-        for (weight, bias), state, metric, own in zip(gradients, states, metrics, q, strict=True):
+        for theta, (weight, bias), state, metric, own in zip(
+            parameters, gradients, states, metrics, q, strict=True
+        ):
             mean = state["mean"]
-            weight.addr_(bias, mean, alpha=-1).mul_(metric)
+            weight.addr_(bias, mean, alpha=-1)
+            if squares is not None:
+                size = _size(*theta, mean, metric.reciprocal(), own)
+                squares.append(Squares(size[None], _slope(weight, bias, metric, own)[None], own))
+            weight.mul_(metric)
             bias.addmv_(weight, mean, beta=1 / own**2, alpha=-1)
             state["age"], state["q"], state["_metric"] = 1, own, (self.eps_rel, self.eps, own, metric)
         return True
@@ -289,7 +297,7 @@ class WithBias(_Whitening):
         carried = self._inner(rows.weight, self.mean * (self.metric > 0))
         return Rows(self._unscaled(rows.weight), self.q * (rows.bias + carried))
 
-    def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:
+    def squares(self, theta: Rows, gradient: Rows) -> Squares:
         """|z|^2 and |P^T g|^2, by products of matrices and vectors where they can be."""
         matrix, mean, metric = self._matrix(theta.weight)
         if matrix is None or matrix.dtype is not mean.dtype:
@@ -298,16 +306,13 @@ class WithBias(_Whitening):
         inverse = metric.reciprocal()
         if self.rests:
             mean, inverse = mean * (metric > 0), inverse.masked_fill_(metric == 0, 0.0)
-        size = torch.addmv(theta.bias.view(-1), matrix, mean).square_()
-        size.addmv_(matrix.square(), inverse, beta=self.q**2)
+        size = _size(matrix, theta.bias.view(-1), mean, inverse, self.q)[None]
         matrix, mean, metric = self._matrix(gradient.weight)
         if matrix is None:
-            return size[None], square_of(self.factor_transpose(gradient))
+            return Squares(size, square_of(self.factor_transpose(gradient)), self.q)
         bias = gradient.bias.view(-1)
-        slope = torch.mv(torch.addr(matrix, bias, mean, alpha=-1).square_(), metric).addcmul_(
-            bias, bias, value=1 / self.q**2
-        )
-        return size[None], slope[None]
+        slope = _slope(torch.addr(matrix, bias, mean, alpha=-1), bias, metric, self.q)
+        return Squares(size, slope[None], self.q)
 
     def apply(self, rows: Rows) -> Rows:
         """The update as the class docstring of BNP gives it."""
@@ -372,3 +377,13 @@ class WithoutBias(_Whitening):
         weight.mul_(self.metric)
         inner = self._inner(weight, self.mean)
         weight.addcmul_(self._row(inner * (self.q / root).square()[:, None]), u, value=-1)
+
+
+def _size(weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, q: float) -> Tensor:
+    """|z|^2 of rows [bias, weight], (out,); `inverse` is of the metric."""
+    return torch.addmv(bias, weight, mean).square_().addmv_(weight.square(), inverse, beta=q**2)
+
+
+def _slope(centered: Tensor, bias: Tensor, metric: Tensor, q: float) -> Tensor:
+    """|P^T g|^2 of rows [bias, weight], (out,), given the weights' g - g_b mu."""
+    return torch.mv(centered.square(), metric).addcmul_(bias, bias, value=1 / q**2)

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,15 @@ from torch import Tensor
 from gradcond.layers import Layer, Rows
 from gradcond.statistics import Moments
 
-__all__ = ["Chain", "Conditioner", "RowMap", "SymmetricMap", "compose", "joined", "map_", "square_of"]
+__all__ = ["Chain", "Conditioner", "RowMap", "Squares", "SymmetricMap", "compose", "joined", "map_", "square_of"]
+
+
+class Squares(NamedTuple):
+    """Of each row of a layer, in the coordinates of a chain; and the chain's scale."""
+
+    size: Tensor  # |P^+ theta|^2, (groups, out)
+    slope: Tensor  # |P^T g|^2
+    scale: float
 
 
 class RowMap(ABC):
@@ -43,9 +51,9 @@ class RowMap(ABC):
     on_each_row: ClassVar[bool] = False  # does it act on each row by itself? Then it commutes with `scales_rows`
     scales_rows: ClassVar[bool] = False  # is it one number per row?
 
-    def squares(self, theta: Rows, gradient: Rows) -> tuple[Tensor, Tensor]:
+    def squares(self, theta: Rows, gradient: Rows) -> Squares:
         """|P^+ theta|^2 and |P^T g|^2 of each row, (groups, out)."""
-        return square_of(self.inverse(theta)), square_of(self.factor_transpose(gradient))
+        return Squares(square_of(self.inverse(theta)), square_of(self.factor_transpose(gradient)), self.scale)
 
     def inverse(self, rows: Rows) -> Rows:
         """P^+ theta: the shortest z of theta = P z, or of what P reaches of theta; of a chain, one such z."""
@@ -204,17 +212,36 @@ class Conditioner(ABC):
 
     def condition_all_(
         self,
+        parameters: Sequence[tuple[Tensor, Tensor]],
         gradients: Sequence[tuple[Tensor, Tensor]],
         states: Sequence[dict[str, Any]],
         moments: Sequence[Moments],
         scratch: dict[str, Any],
+        squares: list[Squares] | None = None,
     ) -> bool:
         """`update_all`, and then M g for the weights' and biases' gradients of Linear layers, in place, at one go.
+
+        Args:
+            parameters: each layer's weight and bias.
+            gradients: theirs.
+            states: of the layers.
+            moments: of the step.
+            scratch: as for `update_all`.
+            squares: takes in those of each layer, for a conditioner that comes after.
 
         Returns:
             False, with nothing touched, where each layer must be asked by itself.
         """
         return False
+
+    def scale_all(
+        self, squares: Sequence[Squares], states: Sequence[dict[str, Any]], rate: float, scratch: dict[str, Any]
+    ) -> Sequence[Tensor] | None:
+        """`update_rate` for all layers at one go, and what it multiplies their rows by; None: by one.
+
+        Only of a conditioner whose map `scales_rows`.
+        """
+        raise NotImplementedError
 
     def update_rate(
         self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor

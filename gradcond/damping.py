@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gradcond.conditioner import Conditioner, RowMap, SymmetricMap, square_of
+from gradcond.conditioner import Conditioner, RowMap, Squares, SymmetricMap, square_of
+from gradcond.finite import flattened
 from gradcond.layers import Layer, Rows
 
 __all__ = ["RateDamping"]
@@ -76,14 +78,45 @@ class RateDamping(Conditioner):
         """Adds one step's relative motion of the units, and sets their factors; in float32 or better."""
         theta, gradient = _wide(theta), _wide(gradient)
         if chain is None:
-            size, slope, least = square_of(theta), square_of(gradient), self.floor
+            squares = Squares(square_of(theta), square_of(gradient), 1.0)
         else:
-            (size, slope), least = chain.squares(theta, gradient), self.floor * chain.scale**2
-        relative = slope.div_(size.clamp_min_(max(least, torch.finfo(size.dtype).tiny)))
-        state["steps"] = t = state.get("steps", 0) + 1
+            squares = chain.squares(theta, gradient)
+        self._update(state, squares, rate)
+
+    def _update(self, state: dict[str, Any], squares: Squares, rate: float | Tensor) -> None:
+        size, slope, _ = squares
+        relative = slope.div_(size.clamp_min_(self._least(squares))).mul_(rate**2)
+        state["steps"] = state.get("steps", 0) + 1
         before = state.get("sum")
-        state["sum"] = total = relative.mul_(rate**2) if before is None else relative.mul_(rate**2).add_(before)
-        state["factor"] = (total * (self.strength * (1 + self.delay / t))).add_(1).rsqrt_()
+        state["sum"] = total = relative if before is None else relative.add_(before.to(relative))
+        state["factor"] = (total * self._strength(state["steps"])).add_(1).rsqrt_()
+
+    def _least(self, squares: Squares) -> float:
+        return max(self.floor * squares.scale**2, torch.finfo(squares.size.dtype).tiny)
+
+    def _strength(self, steps: int) -> float:
+        return self.strength * (1 + self.delay / steps)
+
+    def scale_all(
+        self, squares: Sequence[Squares], states: Sequence[dict[str, Any]], rate: float, scratch: dict[str, Any]
+    ) -> Sequence[Tensor] | None:
+        """The same for all layers, side by side where they are in step."""
+        units: _Units | None = scratch.get("units")
+        if units is None or not units.hold(squares, states):
+            kinds = {
+                (own.size.dtype, own.size.device, state.get("steps"))
+                for own, state in zip(squares, states, strict=True)
+            }
+            if len(kinds) > 1 or "sum" not in states[0]:
+                for own, state in zip(squares, states, strict=True):
+                    self._update(state, own, rate)
+                return [state["factor"] for state in states] if self.strength else None
+            scratch["units"] = units = _Units(squares, states)
+        units.add(squares, [self._least(own) for own in squares], rate**2)
+        for state in states:
+            state["steps"] += 1
+        factors = units.factors(self._strength(states[0]["steps"]))
+        return factors if self.strength else None
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
         """D^1/2 of the last step; the identity before the first one."""
@@ -100,6 +133,46 @@ class RateDamping(Conditioner):
         if "factor" not in state:
             return "no step yet: identity"
         return f"factors {state['factor'].min():.2g} to {state['factor'].max():.2g}"
+
+
+class _Units:
+    """The sums and factors of several layers side by side; their states hold views of it from then on."""
+
+    def __init__(self, squares: Sequence[Squares], states: Sequence[dict[str, Any]]) -> None:
+        sizes = [state["sum"].numel() for state in states]
+        self.sum = torch.cat([state["sum"].flatten() for state in states]).to(squares[0].size)
+        self.factor = torch.empty_like(self.sum)
+        self.views = [
+            (a[None], b[None]) for a, b in zip(self.sum.split(sizes), self.factor.split(sizes), strict=True)
+        ]
+        self.sizes = torch.tensor(sizes)
+        self.least: tuple[list[float], Tensor] = [], self.sum
+        for state, (total, factor) in zip(states, self.views, strict=True):
+            state["sum"], state["factor"] = total, factor
+
+    def hold(self, squares: Sequence[Squares], states: Sequence[dict[str, Any]]) -> bool:
+        """Are these the states whose sums it holds, in step, and what is added of its kind?"""
+        steps, kind = states[0].get("steps"), (self.sum.dtype, self.sum.device)
+        for own, state, (total, _) in zip(squares, states, self.views, strict=True):
+            if (
+                state.get("sum") is not total
+                or state["steps"] != steps
+                or (own.size.dtype, own.size.device) != kind
+            ):
+                return False
+        return True
+
+    def add(self, squares: Sequence[Squares], least: list[float], rate: float) -> None:
+        """One step's squares of relative motions, times a number."""
+        if self.least[0] != least:
+            self.least = least, torch.tensor(least).repeat_interleave(self.sizes).to(self.sum)
+        size, slope = (flattened(list(own)) for own in zip(*((s.size, s.slope) for s in squares), strict=True))
+        self.sum.add_(slope.div_(torch.maximum(size, self.least[1])).mul_(rate))
+
+    def factors(self, strength: float) -> list[Tensor]:
+        """(1 + strength sum)^-1/2."""
+        torch.mul(self.sum, strength, out=self.factor).add_(1).rsqrt_()
+        return [factor for _, factor in self.views]
 
 
 def _wide(rows: Rows) -> Rows:

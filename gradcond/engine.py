@@ -206,9 +206,9 @@ class Engine:
 
     def _at_one_go(self) -> bool:
         """An ordinary step of layers that are all alike."""
-        done = self.together.step_(
-            self.chain[0], self.states[0], self.scratch[0], self.conditioned, self.check_finite
-        )
+        scales = self.together.possible and len(self.chain) > 1 and len(self.groups) == 1
+        rate = _rate(self.groups[0]) if scales else None
+        done = self.together.step_(self.chain, self.states, self.scratch, self.conditioned, self.check_finite, rate)
         if done:
             self.idle = self.first = False
             self.probe.remove()
@@ -444,7 +444,8 @@ class Engine:
             if conditioner.uses_rate:
                 chain = compose(maps)
                 theta, gradient = _theta_and_gradient(view, assignment, chain)
-                conditioner.update_rate(state, chain, theta, gradient, self._rate(assignment))
+                group = next(g for g in self.groups if any(p is assignment.weights[0] for p in g["params"]))
+                conditioner.update_rate(state, chain, theta, gradient, _rate(group))
             if assignment.sharded and not whole:
                 state = local_state(layer, state)
             maps.append(conditioner.row_map(view, state))
@@ -452,11 +453,6 @@ class Engine:
         if self.fixed:
             self.fixed_maps[layer.name] = row_map
         return row_map
-
-    def _rate(self, assignment: Assignment) -> Any:
-        """The size of the optimizer's step for a gradient of one that stays."""
-        group = next(g for g in self.groups if any(p is assignment.weights[0] for p in g["params"]))
-        return group["lr"] / (1 - group.get("momentum", 0.0))
 
     def _map_(self, method: str, row_map: RowMap, assignment: Assignment, tensors: Sequence[Any]) -> None:
         """Replaces tensors like an assignment's parameters by P z or M g of them."""
@@ -475,6 +471,11 @@ class Engine:
                 "pass in training mode, through the module's call. Its gradient goes through as it is",
                 stacklevel=2,
             )
+
+
+def _rate(group: Mapping[str, Any]) -> Any:
+    """The size of the optimizer's step for a gradient of one that stays."""
+    return group["lr"] / (1 - group.get("momentum", 0.0))
 
 
 def _rows(assignment: Assignment, row_map: RowMap) -> Rows:

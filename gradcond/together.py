@@ -1,9 +1,9 @@
-"""A step of one conditioner on Linear layers, all of them at one go, with next to no Python between the operations.
+"""A step of a short chain on Linear layers, all of them at one go, with next to no Python between the operations.
 
 The engine goes from layer to layer, whatever they are, and asks each one what there is to do. Of small layers that
-takes longer than the arithmetic. Where a chain is a single conditioner that can change all gradients together, and
-every layer is a Linear with its bias, an ordinary step is taken here, by the same operations; whenever anything is
-out of the ordinary nothing is touched, and the engine takes the step.
+takes longer than the arithmetic. Where a chain is one conditioner that can change all gradients together, alone or
+before one that scales their rows, and every layer is a Linear with its bias, an ordinary step is taken here, by the
+same operations; whenever anything is out of the ordinary nothing is touched, and the engine takes the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradcond.assignment import Assignment
 from gradcond.capture import InputCapture
-from gradcond.conditioner import Conditioner
+from gradcond.conditioner import Conditioner, Squares
 from gradcond.finite import total_of
 
 __all__ = ["Together"]
@@ -35,37 +35,41 @@ class Together:
     def __init__(
         self, chain: Sequence[Conditioner], assignments: Sequence[Assignment], captures: Mapping[str, InputCapture]
     ) -> None:
-        alone = len(chain) == 1 and type(chain[0]).condition_all_ is not Conditioner.condition_all_
-        self.possible = alone and len(assignments) == len(captures) > 0 and all(map(_is_linear, assignments))
+        able = [c for c in chain[:1] if type(c).condition_all_ is not Conditioner.condition_all_]
+        able += [c for c in chain[1:2] if type(c).scale_all is not Conditioner.scale_all]
+        members, alike = tuple(range(len(chain))), len(assignments) == len(captures) > 0
+        self.possible = alike and able == chain and all(_is_linear(a) and a.members == members for a in assignments)
         self.rows = [
-            (a.layer.name, a.weights[0], a.biases[0], captures[a.layer.name])
+            (a.layer.name, (a.weights[0], a.biases[0]), captures[a.layer.name])
             for a in assignments
             if self.possible  # otherwise nobody asks
         ]
 
     def step_(
         self,
-        conditioner: Conditioner,
-        states: Mapping[str, dict[str, Any]],
-        scratch: dict[str, Any],
+        chain: Sequence[Conditioner],
+        states: Sequence[Mapping[str, dict[str, Any]]],
+        scratch: Sequence[dict[str, Any]],
         conditioned: dict[str, Any],
         check: bool | None,
+        rate: Any,
     ) -> bool:
         """Folds the moments and replaces the gradients; says whether it did, and has touched nothing if not.
 
         Args:
-            conditioner: the one of the chain.
-            states: of the layers.
-            scratch: what the conditioner keeps between the steps.
+            chain: of the optimizer.
+            states: of each conditioner, by layer.
+            scratch: what each conditioner keeps between the steps.
             conditioned: takes down which gradients have been replaced, and in which version.
             check: are gradients and inputs looked at? None: on the CPU.
+            rate: the size of the optimizer's step, where it is the same for all layers.
         """
-        if not self.possible:
+        if not self.possible or (len(chain) > 1 and not isinstance(rate, float)):
             return False
         gradients: list[tuple[Tensor, Tensor]] = []
         own, moments = [], []
-        for name, weight, bias, capture in self.rows:
-            g, h, state, seen = weight.grad, bias.grad, states.get(name), capture.ready()
+        for name, (weight, bias), capture in self.rows:
+            g, h, state, seen = weight.grad, bias.grad, states[0].get(name), capture.ready()
             if g is None or h is None or seen is None or g.is_sparse or not (state and state.get("has_bias")):
                 return False
             gradients.append((g, h))
@@ -75,9 +79,17 @@ class Together:
         on_cpu = all(t.is_cpu for t in looked_at)
         if (on_cpu if check is None else check) and not cmath.isfinite(total_of(looked_at, on_cpu=on_cpu)):
             return False
-        if not conditioner.condition_all_(gradients, own, moments, scratch):
+        squares: list[Squares] | None = [] if len(chain) > 1 else None
+        parameters = [pair for _, pair, _ in self.rows]
+        if not chain[0].condition_all_(parameters, gradients, own, moments, scratch[0], squares):
             return False
-        for (name, _, _, capture), (g, _) in zip(self.rows, gradients, strict=True):
+        if squares:
+            scaled = [states[1][name] for name, _, _ in self.rows]
+            factors = chain[1].scale_all(squares, scaled, rate, scratch[1])
+            for (g, h), factor in zip(gradients, factors or (), strict=factors is not None):
+                g.mul_(factor.mT)
+                h.mul_(factor[0])
+        for (name, _, capture), (g, _) in zip(self.rows, gradients, strict=True):
             capture.collected = None
             conditioned[name] = weakref.ref(g), g._version, g._version
         return True

@@ -253,7 +253,8 @@ def random_rows(model, layer, bias, change=lambda t: t):
 
 
 def assert_squares(row_map, theta, gradient, **close):
-    size, slope = row_map.squares(theta, gradient)
+    size, slope, scale = row_map.squares(theta, gradient)
+    assert scale == row_map.scale
     assert_close(size, square_of(row_map.inverse(theta)), **close)
     assert_close(slope, square_of(row_map.factor_transpose(gradient)), **close)
 

@@ -10,7 +10,7 @@ from cases import wrapped
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from gradcond import BNP, MeanShiftRejection, RateDamping, wrap
+from gradcond import BNP, MeanShiftRejection, NormClipping, RateDamping, wrap
 from gradcond.together import Together
 
 
@@ -120,6 +120,9 @@ def started_over(model, optimizer, t):
 def settings_that_change(model, optimizer, t):
     optimizer.conditioners[0].eps_rel = 0.01 * (1 + t % 3)
     optimizer.conditioners[0].decay = 0.9 - 0.1 * (t % 2)
+    optimizer.conditioners[-1].strength = t % 3  # of no meaning to BNP
+    optimizer.conditioners[-1].floor = 0.01 * (t % 2)
+    optimizer.param_groups[0]["lr"] = 0.01 * t
     ordinary(model, optimizer, t)
 
 
@@ -137,13 +140,16 @@ WAYS = [
     settings_that_change,
 ]
 CHAINS = {
-    "default": BNP(),
-    "every": BNP(every=2),
-    "batch": BNP(scale="batch", start="paper"),
-    "no scale": BNP(scale=None, start="first_batch", decay=0.0),
-    "no center": BNP(center=False),
-    "no standardize": BNP(standardize=False),
-    "no eps": BNP(eps=0.0),
+    "default": [BNP()],
+    "every": [BNP(every=2)],
+    "batch": [BNP(scale="batch", start="paper")],
+    "no scale": [BNP(scale=None, start="first_batch", decay=0.0)],
+    "no center": [BNP(center=False)],
+    "no standardize": [BNP(standardize=False)],
+    "no eps": [BNP(eps=0.0)],
+    "damped": [BNP(), RateDamping()],
+    "damped at once": [BNP(scale="batch", every=2), RateDamping(strength=100, delay=0, floor=1.0)],
+    "not damped": [BNP(), RateDamping(strength=0)],
 }
 
 
@@ -157,7 +163,7 @@ def test_at_one_go_or_layer_by_layer_is_the_same(way, chain, bias, monkeypatch):
             monkeypatch.setattr(Together, "step_", lambda self, *args: False)
         model = network(bias)
         optimizer = wrap(
-            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model, [copy.copy(CHAINS[chain])]
+            torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model, copy.deepcopy(CHAINS[chain])
         )
         optimizer.fresh = copy.deepcopy(optimizer.state_dict())
         for t in range(8):
@@ -208,16 +214,52 @@ def test_layers_that_are_left_out_lay_nothing_by(taken):
     assert not any(taken) and optimizer._engine.captures["2"].collected is None
 
 
-def test_ordinary_steps_are_taken_at_one_go_once_the_moments_are_side_by_side(taken):
+@pytest.mark.parametrize("chain", ["default", "damped", "not damped"])
+def test_ordinary_steps_are_taken_at_one_go_once_the_moments_are_side_by_side(chain, taken):
     model = network()
-    optimizer = wrapped(model, [BNP()], lr=0.05)
+    optimizer = wrapped(model, copy.deepcopy(CHAINS[chain]), lr=0.05)
     for t in range(6):
         ordinary(model, optimizer, t)
     assert taken == [False, False, True, True, True, True]
 
 
+def test_sums_of_layers_out_of_step_are_added_to_one_by_one(taken):
+    found = []
+    for out_of_step in (False, True):
+        model = network()
+        optimizer = wrapped(model, [BNP(), RateDamping()], lr=0.05)
+        for t in range(3):
+            ordinary(model, optimizer, t)
+        for state in optimizer._engine.states[1].values():
+            state["steps"] = 3
+        optimizer._engine.states[1]["0"]["steps"] += out_of_step
+        for t in range(3):
+            ordinary(model, optimizer, t)
+        assert taken[-3:] == [True] * 3
+        found.append(copy.deepcopy(optimizer._engine.states[1]))
+    assert [state["steps"] for state in found[1].values()] == [7, 6, 6]
+    assert not torch.equal(found[0]["0"]["factor"], found[1]["0"]["factor"])
+    assert [list(state) for state in found[0].values()] == [["steps", "sum", "factor"]] * 3
+
+
+def test_damped_with_rates_of_its_own_a_layer_is_asked_by_itself(taken):
+    model = network()
+    groups = [{"params": model[:2].parameters()}, {"params": model[2:].parameters(), "lr": 0.01}]
+    optimizer = wrap(torch.optim.SGD(groups, lr=0.05), model, [BNP(), RateDamping()])
+    tensor = network()
+    other = wrap(
+        torch.optim.Adam(tensor.parameters(), lr=torch.tensor(0.05), foreach=False), tensor, [BNP(), RateDamping()]
+    )
+    for t in range(4):
+        ordinary(model, optimizer, t)
+        ordinary(tensor, other, t)
+    assert not any(taken)
+
+
 @pytest.mark.parametrize(
-    "chain", [[BNP(), RateDamping()], [BNP(), MeanShiftRejection()], [MeanShiftRejection()]], ids=str
+    "chain",
+    [[BNP(), MeanShiftRejection()], [MeanShiftRejection()], [RateDamping()], [BNP(), NormClipping()]],
+    ids=lambda chain: " ".join(c.name for c in chain),
 )
 def test_other_chains_go_from_layer_to_layer(chain, taken):
     model = network()
@@ -250,9 +292,10 @@ def test_other_layers_go_one_by_one(kind, sizes, taken):
 
 
 @pytest.mark.parametrize("where", ["weight", "bias", "input"])
-def test_what_is_not_finite_changes_nothing(where, taken):
+@pytest.mark.parametrize("chain", ["default", "damped"])
+def test_what_is_not_finite_changes_nothing(chain, where, taken):
     model = network()
-    optimizer = wrapped(model, [BNP()], lr=0.05)
+    optimizer = wrapped(model, copy.deepcopy(CHAINS[chain]), lr=0.05)
     for t in range(4):
         ordinary(model, optimizer, t)
     before = copy.deepcopy((list(model.parameters()), optimizer.state_dict()))
