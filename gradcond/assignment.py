@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from gradcond.layers import Layer
+from gradcond.conditioner import RowMap
+from gradcond.layers import Layer, Rows
 
 __all__ = ["Assignment", "Parameters", "held_parameters", "trained"]
 
@@ -44,6 +45,14 @@ class Assignment:
         else:
             return self
         return replace(self, biases=tuple(bias for bias in self.biases if bias.grad is not None))
+
+    def rows_of_gradient(self, row_map: RowMap) -> Rows:
+        """Views of the gradients of a simple assignment, as a map takes them in place."""
+        weight: Any = self.weights[0].grad
+        bias = self.biases[0].grad if self.biases and self.moves_bias else None
+        if self.matrix and row_map.on_matrix:
+            return Rows(weight, bias)
+        return self.layer.rows(weight, bias)
 
 
 class Parameters:

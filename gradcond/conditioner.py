@@ -236,8 +236,8 @@ class Conditioner(ABC):
 
     def scale_all(
         self, squares: Sequence[Squares], states: Sequence[dict[str, Any]], rate: float, scratch: dict[str, Any]
-    ) -> Sequence[Tensor] | None:
-        """`update_rate` for all layers at one go, and what it multiplies their rows by; None: by one.
+    ) -> Sequence[Tensor]:
+        """`update_rate` for all layers at one go, and what it multiplies their rows by.
 
         Only of a conditioner whose map `scales_rows`.
         """

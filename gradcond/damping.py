@@ -99,7 +99,7 @@ class RateDamping(Conditioner):
 
     def scale_all(
         self, squares: Sequence[Squares], states: Sequence[dict[str, Any]], rate: float, scratch: dict[str, Any]
-    ) -> Sequence[Tensor] | None:
+    ) -> Sequence[Tensor]:
         """The same for all layers, side by side where they are in step."""
         units: _Units | None = scratch.get("units")
         if units is None or not units.hold(squares, states):
@@ -110,13 +110,12 @@ class RateDamping(Conditioner):
             if len(kinds) > 1 or "sum" not in states[0]:
                 for own, state in zip(squares, states, strict=True):
                     self._update(state, own, rate)
-                return [state["factor"] for state in states] if self.strength else None
+                return [state["factor"] for state in states]
             scratch["units"] = units = _Units(squares, states)
         units.add(squares, [self._least(own) for own in squares], rate**2)
         for state in states:
             state["steps"] += 1
-        factors = units.factors(self._strength(states[0]["steps"]))
-        return factors if self.strength else None
+        return units.factors(self._strength(states[0]["steps"]))
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap | None:
         """D^1/2 of the last step; the identity before the first one."""

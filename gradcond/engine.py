@@ -20,6 +20,7 @@ from gradcond.finite import total_of
 from gradcond.inputs import Observer
 from gradcond.layers import Layer, Rows, find_layers, has_lazy
 from gradcond.preconditioner import Preconditioner
+from gradcond.screening import Screening
 from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
 from gradcond.states import State, check_saved, copied, kept, loaded_states, saved_state
 from gradcond.statistics import Moments
@@ -83,7 +84,6 @@ class Engine:
         self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
         self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
         self.probe = BatchNormProbe(self.captures.values(), self.model)
-        self.screens = not any(c.uses_inputs or c.uses_rate for c in self.chain)  # is P known beforehand?
         self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
         self.fixed = all(c.fixed for c in self.chain)
         self.fixed_maps: dict[str, RowMap | None] = {}
@@ -143,6 +143,7 @@ class Engine:
             found = [self._assignment(name, layer, held) for name, layer in self.layers.items()]
             self.parameters, self.found = now, [a for a in found if a is not None]
             self.together = Together(self.chain, self.found, self.captures)
+            self.screening = Screening(self.found, fixed=self.fixed)
             self.fixed_maps.clear()
         return self.found
 
@@ -194,27 +195,31 @@ class Engine:
             if self.at_one_go and self._at_one_go():
                 return
             ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
-            screened = self._screened(ready) if self.screens else {}
-            moments = self._merged({name: capture.take() for name, capture in self.captures.items()}, screened)
+            moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
             if self.idle or not (ready or self.chain[-1].comes_last):
                 return
             self._update([a for a in ready if a.layer.name not in self.frozen], moments)
-            self._apply_(ready, screened)
+            self._apply_(ready)
         for assignment in ready:  # several layers may share a gradient
             grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
             self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
 
     def _at_one_go(self) -> bool:
         """An ordinary step of layers that are all alike."""
-        scales = self.together.possible and len(self.chain) > 1 and len(self.groups) == 1
-        rate = _rate(self.groups[0]) if scales else None
-        done = self.together.step_(self.chain, self.states, self.scratch, self.conditioned, self.check_finite, rate)
+        done = False
+        if self.screening.possible:
+            done = self.screening.step_(self.fixed_maps, self.conditioned, self.check_finite)
+        elif self.together.possible:
+            rate = _rate(self.groups[0]) if len(self.chain) > 1 and len(self.groups) == 1 else None
+            done = self.together.step_(
+                self.chain, self.states, self.scratch, self.conditioned, self.check_finite, rate
+            )
         if done:
             self.idle = self.first = False
             self.probe.remove()
         return done
 
-    def _apply_(self, ready: Sequence[Assignment], screened: Mapping[str, tuple[Rows, Tensor, Any]]) -> None:
+    def _apply_(self, ready: Sequence[Assignment]) -> None:
         """Replaces the gradients of these layers by M g."""
         first, self.first = self.first, False
         lengths = Lengths() if self.chain[-1].comes_last else None
@@ -226,33 +231,14 @@ class Engine:
             if lengths is not None:
                 grads = [p.grad for p in assignment.parameters]
                 before = [local(grad).clone() for grad in grads]
-            if name in screened and row_map is not None:
-                rows, found, _ = screened[name]
-                row_map.apply_(rows, found)
-            elif assignment.simple and row_map is not None:
-                row_map.apply_(_rows(assignment, row_map))
+            if assignment.simple and row_map is not None:
+                row_map.apply_(assignment.rows_of_gradient(row_map))
             elif row_map is not None:
                 self._map_("apply", row_map, assignment, [p.grad for p in assignment.parameters])
             if lengths is not None:
                 lengths.add(before, grads)
         if lengths is not None:
             lengths.clip_(self.chain[-1], self.network[-1], self.groups, fold=first)
-
-    def _screened(self, ready: Sequence[Assignment]) -> dict[str, tuple[Rows, Tensor, Any]]:
-        """By layer: rows, what a first pass over them has found, and the gradient that they show."""
-        screened: dict[str, tuple[Rows, Tensor, Any]] = {}
-        for a in ready:
-            name = a.layer.name
-            if not a.simple:
-                continue
-            if name not in self.frozen and all(name in self.states[i] for i in a.members):
-                self.frozen[name] = self._next_map(a)
-            row_map = self.frozen.get(name)
-            if row_map is not None:
-                rows = _rows(a, row_map)
-                if (found := row_map.screen(rows)) is not None:
-                    screened[name] = rows, found, a.weights[0].grad
-        return screened
 
     def give_factor(self, optimizer: Any) -> None:
         """Lets an optimizer that draws noise (SGLD) draw it through P."""
@@ -329,11 +315,13 @@ class Engine:
         self.states = loaded_states(state, self.layers)
         self.network = [copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True
+        self.fixed_maps.clear()
         self._ask_due()
 
     def forget(self) -> None:
         """Starts all statistics anew."""
         self.states, self.network = [{} for _ in self.chain], [{} for _ in self.chain]
+        self.fixed_maps.clear()
         self._ask_due()
 
     def _is_fresh(self, assignment: Assignment) -> bool:
@@ -347,9 +335,7 @@ class Engine:
         last, *versions = self.conditioned.get(assignment.layer.name, _NEVER)
         return last() is not grad or versions != [grad._version, local(grad)._version]
 
-    def _merged(
-        self, moments: Mapping[str, Moments | None], screened: Mapping[str, tuple[Rows, Tensor, Any]]
-    ) -> Mapping[str, Moments | None]:
+    def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
             candidates = [p for g in self.groups if g.get("gradcond", True) for p in g["params"]]
@@ -362,9 +348,6 @@ class Engine:
         on_cpu = all(grad.is_cpu for grad in grads)
         if self.check_finite or (self.check_finite is None and on_cpu):
             looked_at = grads + [m.variance for m in taken]
-            if screened:
-                found = {id(grad): found for _, found, grad in screened.values()}
-                looked_at = [found.get(id(tensor), tensor) for tensor in looked_at]
             total = total_of(looked_at, on_cpu=on_cpu and all(t.is_cpu for t in looked_at))
             # a sum may overflow, or be zero, where no number is: then each is looked at
             bad = not cmath.isfinite(total) and bool(self._not_finite(held, moments))
@@ -476,15 +459,6 @@ class Engine:
 def _rate(group: Mapping[str, Any]) -> Any:
     """The size of the optimizer's step for a gradient of one that stays."""
     return group["lr"] / (1 - group.get("momentum", 0.0))
-
-
-def _rows(assignment: Assignment, row_map: RowMap) -> Rows:
-    """Views of the gradients of a simple assignment."""
-    weight: Any = assignment.weights[0].grad
-    bias = assignment.biases[0].grad if assignment.biases and assignment.moves_bias else None
-    if assignment.matrix and row_map.on_matrix:
-        return Rows(weight, bias)
-    return assignment.layer.rows(weight, bias)
 
 
 def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | None) -> tuple[Rows, Rows]:

@@ -64,7 +64,7 @@ class Together:
             check: are gradients and inputs looked at? None: on the CPU.
             rate: the size of the optimizer's step, where it is the same for all layers.
         """
-        if not self.possible or (len(chain) > 1 and not isinstance(rate, float)):
+        if len(chain) > 1 and not isinstance(rate, float):
             return False
         gradients: list[tuple[Tensor, Tensor]] = []
         own, moments = [], []
@@ -86,7 +86,7 @@ class Together:
         if squares:
             scaled = [states[1][name] for name, _, _ in self.rows]
             factors = chain[1].scale_all(squares, scaled, rate, scratch[1])
-            for (g, h), factor in zip(gradients, factors or (), strict=factors is not None):
+            for (g, h), factor in zip(gradients, factors, strict=True):
                 g.mul_(factor.mT)
                 h.mul_(factor[0])
         for (name, _, capture), (g, _) in zip(self.rows, gradients, strict=True):
