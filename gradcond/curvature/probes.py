@@ -9,12 +9,13 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from gradcond.curvature.exchange import Exchange, exchange, in_blocks
+from gradcond.curvature.exchange import Exchange, Turns, exchange, in_blocks
 from gradcond.curvature.operators import Products, generator_from
 
 LEAST_BLOCK, MOST_BLOCK, BLOCK_NUMBERS = 8, 64, 1 << 20  # probes multiplied together share the passes
 STORE = 1 << 25  # numbers: vectors that fit in here may be kept
 LEAST = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}  # products a method needs for a standard error
+COMMON = 0.5  # x what independent samples vary: the least that those of xtrace have in common
 ENOUGH = 20  # products of hutch++ for the eight samples that an interval wants
 
 
@@ -110,7 +111,7 @@ class Quantity:
 
     known: Callable[[Deflation], Tensor]
     sample: Callable[[Tensor, Tensor, Deflation], Tensor]  # of probes (n, b) and their images: (b, ...)
-    exchanged: Callable[[Exchange], Tensor]  # (k, ...)
+    exchanged: Callable[[Exchange], Turns]
     projected: bool = True  # whether the probes are taken outside the span of Q
 
 
@@ -124,8 +125,7 @@ def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int
         omega = _signs(products, num_matvecs // 2, generator)
         x = exchange(products, omega, block)
         _check_symmetry(products, omega, x.Y)
-        samples = quantity.exchanged(x)
-        return Estimate(samples.mean(0), samples.std(0) / len(samples) ** 0.5, products.count, len(samples))
+        return _in_turn(quantity.exchanged(x), products.count)
     count = num_matvecs // 3 if method == "hutch++" else 0
     known = _deflated(products, _signs(products, count, generator))
     moments = Moments()
@@ -162,6 +162,16 @@ def _method(products: Products, num_matvecs: int, method: str | None) -> str:
     if num_matvecs < LEAST[method]:
         raise ValueError(f"{method} needs at least {LEAST[method]} products, got {num_matvecs}; use hutchinson")
     return method
+
+
+def _in_turn(turns: Turns, num_matvecs: int) -> Estimate:
+    """The mean of correlated samples; the variance of theirs is what independent ones have, plus the covariance."""
+    moments = Moments()
+    moments.add(turns.samples)
+    alone = moments.std_error.square()
+    # where it is far below its noise: 1/2 covers what is measured elsewhere, and no mean spreads more than a sample
+    shared = turns.covariance.clamp(alone * COMMON, alone * (moments.count - 1))
+    return Estimate(moments.mean, (alone + shared).sqrt(), num_matvecs, moments.count, moments.skewness)
 
 
 def _exact(quantity: Quantity, products: Products) -> Estimate:
