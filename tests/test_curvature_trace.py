@@ -6,9 +6,9 @@ from known_spectra import Hidden, matrix
 from torch.testing import assert_close
 
 from gradcond.curvature import Estimate, diagonal, frobenius_norm, trace
+from gradcond.curvature.estimates import Moments
 from gradcond.curvature.exchange import exchange
 from gradcond.curvature.operators import Products
-from gradcond.curvature.probes import Moments
 
 QUANTITIES = {
     "trace": (trace, lambda A: A.trace()),
@@ -37,7 +37,8 @@ def turns(A, omega, i, without=()):
 
 
 @pytest.mark.parametrize("k", [2, 5])
-def test_each_probe_takes_its_turn(k):
+def test_each_probe_takes_its_turn(k, monkeypatch):
+    monkeypatch.setattr("gradcond.curvature.exchange.PIECE", 7)
     A = matrix(torch.randn(30))
     omega = (torch.randint(0, 2, (30, k)) * 2 - 1).double()
     x = exchange(Products(A), omega, block=2)
@@ -67,27 +68,42 @@ def test_the_covariance_of_what_two_probes_find_has_the_mean_that_they_show():
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("rank", [9, 10, 11])
-def test_probes_that_have_all_found_the_same_have_no_error(rank, quantity):
+@pytest.mark.parametrize("rest", [0.0, 1e-7])
+def test_probes_that_have_all_found_the_same_have_no_error(rest, rank, quantity):
+    # with 12 probes, 11 see all of rank 11, and 10 do not
     estimator, truth = QUANTITIES[quantity]
-    A = matrix(torch.cat([torch.linspace(1, 2, rank), torch.zeros(100 - rank)]))
-    found = estimator(A, 24, method="xtrace")
-    assert (found.std_error <= 1e-9).all()
-    assert_close(found.estimate, truth(A), rtol=1e-9, atol=1e-9)
+    A = matrix(torch.cat([torch.linspace(1, 2, rank), torch.linspace(0, rest, 100 - rank)]))
+    found = [estimator(A, 24, seed, method="xtrace") for seed in range(5)]
+    assert all((f.std_error <= 1e-9 + 1e3 * rest).all() for f in found)
+    for f in found:
+        assert_close(f.estimate, truth(A), rtol=1e-9, atol=1e-9 + 1e3 * rest)
 
 
-# 1000 runs are in 0.919 to 0.966 at these; of xtrace in COVER
+ALONE = torch.full((100,), 1e-3).index_fill(0, torch.tensor(0), 1.0)
+
+
+def covered(quantity, name, budget, method, runs):
+    A, (estimator, truth) = matrix(SPECTRA.get(name, ALONE)), QUANTITIES[quantity]
+    expected, hits = truth(A), 0.0
+    for seed in range(runs):
+        low, high = estimator(A, budget, seed, method=method).interval()
+        hits += float(((low <= expected) & (expected <= high)).double().mean())
+    return hits / runs
+
+
+# 1000 runs are in 0.919 to 0.966 at these
 @pytest.mark.parametrize("budget", [10, 20, 60])
 @pytest.mark.parametrize("name", [*SPECTRA, "one"])
 @pytest.mark.parametrize("quantity", ["trace", "norm"])
-@pytest.mark.parametrize("method, runs", [(None, 400), ("xtrace", 300)])
-def test_intervals_cover_the_truth(method, runs, quantity, name, budget):
-    alone = torch.full((100,), 1e-3).index_fill(0, torch.tensor(0), 1.0)
-    A, (estimator, truth) = matrix(SPECTRA.get(name, alone)), QUANTITIES[quantity]
-    expected, hits = truth(A), 0
-    for seed in range(runs):
-        low, high = estimator(A, budget, seed, method=method).interval()
-        hits += bool(low <= expected <= high)
-    assert 0.95 - 0.03 - 0.02 <= hits / runs <= 0.95 + 0.03 + 0.01
+def test_intervals_cover_the_truth(quantity, name, budget):
+    assert 0.95 - 0.03 - 0.02 <= covered(quantity, name, budget, None, 400) <= 0.95 + 0.03 + 0.01
+
+
+# 1000 runs are in 0.929 to 0.984 at these; without covariances 0.90 to 0.76 at the flat spectrum
+@pytest.mark.parametrize("name, budget", [("one", 10), ("outliers", 20), ("decaying", 60), ("flat", 90)])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_intervals_of_probes_that_take_turns_cover_the_truth(quantity, name, budget):
+    assert 0.95 - 0.03 - 0.02 <= covered(quantity, name, budget, "xtrace", 200) <= 0.95 + 0.03 + 0.02
 
 
 def test_an_interval_for_skewed_samples_is_turned_back_from_a_symmetric_one():

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gradcond.curvature.operators import Products
 
+PIECE = 2048  # columns of a diagonal at a time, so that what is made of them stays in the cache
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -50,18 +52,23 @@ class Exchange:
 
     def diagonals(self) -> Turns:
         """diag(P_i A) + omega_i * (A omega_i - P_i A omega_i)."""
-        k = len(self.S)
-        left, right = self.Q @ self.S, self.Z @ self.S
+        left, right = (self.S.mT @ V.mT for V in (self.Q, self.Z))
         # of Y_i = Q R_i, P_i leaves out s_i s_i^T R_i
-        rest = self.omega * (self.S * self.R).sum(0)
-        samples = (self.Q * self.Z).sum(1, keepdim=True) - left * right + left * rest
-        covariance, (cosines, sines) = torch.zeros_like(samples[:, 0]), self._angles()
+        rest = self.omega.mT * (self.S * self.R).sum(0)[:, None]
+        samples = (self.Q * self.Z).sum(1) - left * right + left * rest
+        pieces = zip(*(rows.split(PIECE, dim=1) for rows in (left, right, rest)), strict=True)
+        return Turns(samples, torch.cat([self._shared(*piece) for piece in pieces]))
+
+    def _shared(self, left: Tensor, right: Tensor, rest: Tensor) -> Tensor:
+        """The covariance of two diagonals, from some columns."""
+        k, (cosines, sines) = len(left), self._angles()
+        total = torch.zeros_like(left[0])
         for i in range(1, k):
-            c, s, to, at = cosines[i, :i], sines[i, :i], left[:, :i], right[:, :i]
-            more = (to - c * left[:, [i]]) * ((at - c * right[:, [i]]) + c * rest[:, [i]])
-            mirrored = (left[:, [i]] - c * to) * ((right[:, [i]] - c * at) + c * rest[:, :i])
-            covariance += (more * mirrored / s**4).sum(1)
-        return Turns(samples.mT, covariance * (2 / (k * (k - 1))))
+            c, s = cosines[:i, [i]], sines[:i, [i]]
+            gained = (left[:i] - c * left[i]) * ((right[:i] - c * right[i]) + c * rest[i])
+            mirrored = (left[i] - c * left[:i]) * ((right[i] - c * right[:i]) + c * rest[:i])
+            total += (gained * mirrored / s**4).sum(0)
+        return total * (2 / (k * (k - 1)))
 
     def _turns(self, M: Tensor, left: Tensor, own: Tensor) -> Turns:
         """Of tr(P M) plus the scaled square of r in a form M on Q, which is own_i, with slope left_i, at r_i."""
