@@ -41,11 +41,15 @@ def lower_bounds(values: np.ndarray, residuals: np.ndarray, floor: float) -> np.
     """Lower bounds of kappa from unit vectors v with the Rayleigh quotient theta and the residual r.
 
     |A v|^2 = theta^2 + r^2 is a sum of lambda^2 over v, at least lambda_min_nonzero times the sum of |lambda|, and
-    that is at least |theta|. Eigenvalues below the floor make the first no smaller, and the second larger by no
-    more than the floor times their share in v, (r / (|theta| - floor))^2.
+    that is at least |theta|: lambda_min_nonzero is no more than |theta| + r^2 / |theta|. Eigenvalues below the
+    floor make the square no smaller, and |theta| larger by no more than the floor times their share in v,
+    (r / (|theta| - floor))^2. Rounding, an eighth of the floor, is taken off or added wherever it may be.
     """
-    sizes, margin = np.abs(values), floor / 8
-    away = np.maximum(sizes - floor, np.finfo(float).tiny)
-    rest = sizes - margin - floor * np.minimum(1.0, residuals / away) ** 2
-    bounds = (sizes.max() - margin) * rest / (np.hypot(sizes, residuals) + margin) ** 2
-    return np.where(sizes > floor, np.maximum(bounds, 1.0), 1.0)
+    sizes, rounding = np.abs(values), floor / 8
+    above = sizes > floor
+    size, residual = sizes[above], residuals[above]
+    least = size - rounding
+    share = np.minimum(1.0, residual / (size - floor)) ** 2
+    bounds, quotient = np.ones_like(sizes), size + rounding + (residual + rounding) ** 2 / least
+    bounds[above] = (sizes.max() - rounding) * (1 - floor / least * share) / quotient
+    return np.maximum(bounds, 1.0)
