@@ -46,7 +46,7 @@ def test_every_eigenvalue_is_within_the_error(name, dtype, hidden):
 def test_it_agrees_with_the_estimators(name):
     a = matrix(SPECTRA[name])
     n = len(a)
-    spectrum, estimated = exact_spectrum(a), condition_number(a, max_matvecs=n + 3)
+    spectrum, estimated = exact_spectrum(a), condition_number(a, max_matvecs=n + 3, tol=1e-4)
     assert spectrum.condition.kappa == pytest.approx(estimated.kappa, rel=1e-6)
     assert spectrum.condition.lambda_max == pytest.approx(estimated.lambda_max, rel=1e-8)
     assert spectrum.condition.resolved and spectrum.condition.converged

@@ -248,7 +248,7 @@ def test_condition_number_of_a_rank_deficient_gauss_newton_matrix(dtype):
     c = condition_number(G)
     assert c.num_matvecs <= 200 and c.resolved and c.converged
     assert c.kappa == pytest.approx(kappa, rel=1e-2)
-    assert 0.9 * kappa <= c.kappa_lower_bound <= kappa * (1 + 1e-6)
+    assert (0.9995 if dtype == torch.float64 else 0.995) * kappa <= c.kappa_lower_bound <= kappa * (1 + 1e-6)
     assert (c.lower_bounds.diff() >= 0).all() and c.lower_bounds[-1] <= kappa * (1 + 1e-6)
     assert abs(c.lambda_min) <= c.noise_floor  # the null space, which the range start leaves out
 

@@ -6,9 +6,9 @@ from known_spectra import Hidden, matrix
 from torch.testing import assert_close
 
 from gradcond.curvature import Estimate, diagonal, frobenius_norm, trace
+from gradcond.curvature.estimates import Moments
 from gradcond.curvature.exchange import exchange
 from gradcond.curvature.operators import Products
-from gradcond.curvature.probes import Moments
 
 QUANTITIES = {
     "trace": (trace, lambda A: A.trace()),
@@ -24,21 +24,71 @@ SPECTRA = {
 }
 
 
-def test_each_probe_takes_its_turn():
-    n, k = 30, 5
-    A = matrix(torch.randn(n))
-    omega = (torch.randint(0, 2, (n, k)) * 2 - 1).double()
+def turns(A, omega, i, without=()):
+    """Trace, squared norm and diagonal from probe i and all others, one at a time, less those to be left out."""
+    n, k = omega.shape
+    Q = torch.linalg.qr(A @ omega[:, [j for j in range(k) if j not in (i, *without)]])[0]
+    P = Q @ Q.mT
+    w = omega[:, i] - P @ omega[:, i]
+    mass = (n - Q.shape[1]) / (w @ w)
+    squares = (A @ P).square().sum() + mass * (A @ w).square().sum()
+    diagonal = (P @ A).diagonal() + omega[:, i] * (A @ omega[:, i] - P @ A @ omega[:, i])
+    return (P @ A).trace() + mass * (w @ A @ w), squares, diagonal
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_each_probe_takes_its_turn(k, monkeypatch):
+    monkeypatch.setattr("gradcond.curvature.exchange.PIECE", 7)
+    A = matrix(torch.randn(30))
+    omega = (torch.randint(0, 2, (30, k)) * 2 - 1).double()
     x = exchange(Products(A), omega, block=2)
-    traces, squares, diagonals = x.traces(), x.squared_norms(), x.diagonals()
-    for i in range(k):
-        Q = torch.linalg.qr(A @ omega[:, [j for j in range(k) if j != i]])[0]
-        P = Q @ Q.mT
-        w = omega[:, i] - P @ omega[:, i]
-        mass = (n - k + 1) / (w @ w)
-        assert_close(traces[i], (P @ A).trace() + mass * (w @ A @ w))
-        assert_close(squares[i], (A @ P).square().sum() + mass * (A @ w).square().sum())
-        left = A @ omega[:, i] - P @ A @ omega[:, i]
-        assert_close(diagonals[i], (P @ A).diagonal() + omega[:, i] * left)
+    for q, found in enumerate([x.traces(), x.squared_norms(), x.diagonals()]):
+        alone = [turns(A, omega, i)[q] for i in range(k)]
+        assert_close(found.samples, torch.stack(alone))
+        pairs = [
+            (alone[i] - turns(A, omega, i, (j,))[q]) * (alone[j] - turns(A, omega, j, (i,))[q])
+            for i in range(k)
+            for j in range(k)
+            if i != j
+        ]
+        assert_close(found.covariance, torch.stack(pairs).mean(0), rtol=1e-6, atol=1e-9)
+
+
+def test_the_covariance_of_what_two_probes_find_has_the_mean_that_they_show():
+    A, truth = matrix(SPECTRA["decaying"]), SPECTRA["decaying"].sum()
+    generator = torch.Generator().manual_seed(0)
+    omega = (torch.randint(0, 2, (600, 100, 6), generator=generator) * 2 - 1).double()
+    found = [exchange(Products(A), some, block=6).traces() for some in omega]
+    samples = torch.stack([f.samples for f in found]) - truth
+    shown = (samples.sum(1).square() - samples.square().sum(1)) / 30
+    differences = shown - torch.stack([f.covariance for f in found])
+    assert differences.mean().abs() <= 4 * differences.std() / 600**0.5
+    assert shown.mean() > 5 * shown.std() / 600**0.5  # and is not zero
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("rank", [9, 10, 11])
+@pytest.mark.parametrize("rest", [0.0, 1e-7])
+def test_probes_that_have_all_found_the_same_have_no_error(rest, rank, quantity):
+    # with 12 probes, 11 see all of rank 11, and 10 do not
+    estimator, truth = QUANTITIES[quantity]
+    A = matrix(torch.cat([torch.linspace(1, 2, rank), torch.linspace(0, rest, 100 - rank)]))
+    found = [estimator(A, 24, seed, method="xtrace") for seed in range(5)]
+    assert all((f.std_error <= 1e-9 + 1e3 * rest).all() for f in found)
+    for f in found:
+        assert_close(f.estimate, truth(A), rtol=1e-9, atol=1e-9 + 1e3 * rest)
+
+
+ALONE = torch.full((100,), 1e-3).index_fill(0, torch.tensor(0), 1.0)
+
+
+def covered(quantity, name, budget, method, runs):
+    A, (estimator, truth) = matrix(SPECTRA.get(name, ALONE)), QUANTITIES[quantity]
+    expected, hits = truth(A), 0.0
+    for seed in range(runs):
+        low, high = estimator(A, budget, seed, method=method).interval()
+        hits += float(((low <= expected) & (expected <= high)).double().mean())
+    return hits / runs
 
 
 # 1000 runs are in 0.919 to 0.966 at these
@@ -46,13 +96,14 @@ def test_each_probe_takes_its_turn():
 @pytest.mark.parametrize("name", [*SPECTRA, "one"])
 @pytest.mark.parametrize("quantity", ["trace", "norm"])
 def test_intervals_cover_the_truth(quantity, name, budget):
-    alone = torch.full((100,), 1e-3).index_fill(0, torch.tensor(0), 1.0)
-    A, (estimator, truth) = matrix(SPECTRA.get(name, alone)), QUANTITIES[quantity]
-    expected, hits = truth(A), 0
-    for seed in range(400):
-        low, high = estimator(A, budget, seed).interval()
-        hits += bool(low <= expected <= high)
-    assert 0.95 - 0.03 - 0.02 <= hits / 400 <= 0.95 + 0.03 + 0.01
+    assert 0.95 - 0.03 - 0.02 <= covered(quantity, name, budget, None, 400) <= 0.95 + 0.03 + 0.01
+
+
+# 1000 runs are in 0.929 to 0.984 at these; without covariances 0.90 to 0.76 at the flat spectrum
+@pytest.mark.parametrize("name, budget", [("one", 10), ("outliers", 20), ("decaying", 60), ("flat", 90)])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_intervals_of_probes_that_take_turns_cover_the_truth(quantity, name, budget):
+    assert 0.95 - 0.03 - 0.02 <= covered(quantity, name, budget, "xtrace", 200) <= 0.95 + 0.03 + 0.02
 
 
 def test_an_interval_for_skewed_samples_is_turned_back_from_a_symmetric_one():
@@ -96,7 +147,8 @@ def test_unbiased_with_the_error_it_states(quantity, method):
     spread = estimates.std(0)
     assert ((estimates.mean(0) - truth(A)).abs() <= 4.5 * spread / 150**0.5 + 1e-3 * truth(A).abs().max()).all()
     ratio = errors.square().mean(0).sqrt() / spread
-    assert (ratio > (0.6 if method == "xtrace" else 0.75)).all() and (ratio < 1.3).all()
+    # those of xtrace are up to (3 / 2)^1/2 too large, where its samples have nothing in common
+    assert (ratio > 0.75).all() and (ratio < (1.45 if method == "xtrace" else 1.3)).all()
     assert all(f.num_matvecs <= 40 for f in found)
 
 

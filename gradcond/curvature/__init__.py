@@ -6,6 +6,7 @@ from gradcond.curvature.composed import Block, Combination
 from gradcond.curvature.condition import ConditionNumber, condition_number
 from gradcond.curvature.density import Ratio, SpectralDensity
 from gradcond.curvature.eigenpairs import Eigenpairs, eigsh
+from gradcond.curvature.estimates import Estimate
 from gradcond.curvature.exact import ExactSpectrum, exact_spectrum
 from gradcond.curvature.factors import DiagonalFactor, Factor, ProductFactor
 from gradcond.curvature.fisher import EmpiricalFisher, MonteCarloFisher
@@ -15,7 +16,6 @@ from gradcond.curvature.objective import ModelLoss
 from gradcond.curvature.operators import Operator
 from gradcond.curvature.preconditioned import Preconditioned
 from gradcond.curvature.preflight import Preflight, preflight
-from gradcond.curvature.probes import Estimate
 from gradcond.curvature.spectrum import spectral_density
 from gradcond.curvature.trace import diagonal, frobenius_norm, trace
 from gradcond.curvature.tridiagonal import Tridiagonal, tridiagonalize

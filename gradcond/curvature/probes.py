@@ -1,4 +1,4 @@
-"""Linear and quadratic quantities of a matrix from random probes: deflation, samples, standard errors."""
+"""Linear and quadratic quantities of a matrix from random probes: deflation and samples."""
 
 from __future__ import annotations
 
@@ -6,90 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
-from gradcond.curvature.exchange import Exchange, exchange, in_blocks
+from gradcond.curvature.estimates import Estimate, Moments
+from gradcond.curvature.exchange import Exchange, Turns, exchange, in_blocks
 from gradcond.curvature.operators import Products, generator_from
 
 LEAST_BLOCK, MOST_BLOCK, BLOCK_NUMBERS = 8, 64, 1 << 20  # probes multiplied together share the passes
 STORE = 1 << 25  # numbers: vectors that fit in here may be kept
 LEAST = {"hutchinson": 1, "hutch++": 6, "xtrace": 4}  # products a method needs for a standard error
+# least covariance of the samples of xtrace, x what their mean would vary if they were independent: of few, the
+# estimate may be below zero, and without this least 1000 intervals cover down to 0.89
+COMMON = 0.5
 ENOUGH = 20  # products of hutch++ for the eight samples that an interval wants
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An unbiased estimate (of the square, for a norm); exact, with standard error zero, when num_matvecs >= n.
-
-    Example:
-        >>> from gradcond.curvature import trace
-        >>> trace(torch.eye(9), num_matvecs=3)  # every probe gives 9
-        Estimate(estimate=tensor(9., dtype=torch.float64), std_error=tensor(0., ...), num_matvecs=3, samples=3, ...)
-    """
-
-    estimate: Tensor  # () for a trace or a norm, (n,) for a diagonal
-    std_error: Tensor  # of the same shape; nan after a single probe
-    num_matvecs: int
-    samples: int  # how many the standard error is taken over
-    skewness: Tensor | float = 0.0  # of the samples; positive, when a few large ones may be missing
-
-    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-        """The ends of Student's confidence interval, with samples - 1 degrees of freedom, mended for skewness.
-
-        Samples are sums of squares, and their mean is too small more often than not, with a standard error that
-        is too small as well. With their skewness g and m of them, T = (mean - truth) / std_error is mapped to
-
-            T + g (T^2 / 3 + 1/6) / m^1/2 + g^2 T^3 / (27 m),
-
-        which is symmetric to order 1/m, increasing in T, and turned back in closed form. From eight samples on an
-        interval of 95 % covers 92 to 97 % (of 1000 runs, measured), from four 88 to 96 %.
-
-        References:
-            P. Hall, On the removal of skewness by transformation, 1992.
-
-        Example:
-            >>> low, high = Estimate(torch.tensor(9.0), torch.tensor(1.0), 3, samples=3).interval(0.9)
-            >>> print(f"{low:.2f} {high:.2f}")
-            6.08 11.92
-        """
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must be in (0, 1), got {confidence}")
-        reach = float(stdtrit(max(self.samples - 1, 1), (1 + confidence) / 2))
-        return tuple(self.estimate - self.std_error * self._turned_back(y) for y in (reach, -reach))  # type: ignore
-
-    def _turned_back(self, y: float) -> Tensor:
-        """The T that is mapped to y."""
-        s = torch.as_tensor(self.skewness, dtype=torch.float64) / (3 * self.samples**0.5)
-        cube = 1 + 3 * s * (y - s / 2)
-        T = (cube.sign() * cube.abs() ** (1 / 3) - 1) / s
-        return torch.where(s.abs() > 1e-8, T, y)
-
-
-@dataclass(frozen=True)
-class NormEstimate(Estimate):
-    """The root of an estimated square.
-
-    Example:
-        >>> square = Estimate(torch.tensor(9.0), torch.tensor(1.0), 3, samples=3)
-        >>> print(f"{NormEstimate.of(square).estimate:.1f}")
-        3.0
-    """
-
-    square: Estimate | None = None
-
-    @classmethod
-    def of(cls, square: Estimate) -> NormEstimate:
-        """With half the relative standard error."""
-        root = square.estimate.clamp(min=0).sqrt()
-        error = square.std_error / (2 * root).clamp(min=torch.finfo(torch.float64).tiny)
-        return cls(root, error, square.num_matvecs, square.samples, square.skewness, square)
-
-    def interval(self, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-        """The roots of the ends of the square's interval."""
-        assert self.square is not None
-        low, high = (end.clamp(min=0).sqrt() for end in self.square.interval(confidence))
-        return low, high
 
 
 @dataclass(frozen=True)
@@ -110,7 +39,7 @@ class Quantity:
 
     known: Callable[[Deflation], Tensor]
     sample: Callable[[Tensor, Tensor, Deflation], Tensor]  # of probes (n, b) and their images: (b, ...)
-    exchanged: Callable[[Exchange], Tensor]  # (k, ...)
+    exchanged: Callable[[Exchange], Turns]
     projected: bool = True  # whether the probes are taken outside the span of Q
 
 
@@ -124,8 +53,7 @@ def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int
         omega = _signs(products, num_matvecs // 2, generator)
         x = exchange(products, omega, block)
         _check_symmetry(products, omega, x.Y)
-        samples = quantity.exchanged(x)
-        return Estimate(samples.mean(0), samples.std(0) / len(samples) ** 0.5, products.count, len(samples))
+        return _in_turn(quantity.exchanged(x), products.count)
     count = num_matvecs // 3 if method == "hutch++" else 0
     known = _deflated(products, _signs(products, count, generator))
     moments = Moments()
@@ -164,6 +92,16 @@ def _method(products: Products, num_matvecs: int, method: str | None) -> str:
     return method
 
 
+def _in_turn(turns: Turns, num_matvecs: int) -> Estimate:
+    """The mean of correlated samples, whose variance is what independent ones would have, plus their covariance."""
+    moments = Moments()
+    moments.add(turns.samples)
+    alone = moments.std_error.square()
+    # its estimate is noisy, most of all where the samples agree; a mean spreads no more than they do
+    shared = turns.covariance.clamp(alone * COMMON, alone * (moments.count - 1))
+    return Estimate(moments.mean, (alone + shared).sqrt(), num_matvecs, moments.count, moments.skewness)
+
+
 def _exact(quantity: Quantity, products: Products) -> Estimate:
     """From the n unit vectors."""
     n, block = products.n, _block(products.n)
@@ -188,38 +126,6 @@ def _deflated(products: Products, omega: Tensor) -> Deflation:
     _check_symmetry(products, omega, Y)  # here, where A has not been deflated to rounding
     Q = torch.linalg.qr(Y)[0]
     return Deflation(Q, in_blocks(products, Q.to(products.work_dtype), block))
-
-
-class Moments:
-    """Running mean, and sums of squared and cubed deviations, block by block (Chan, Golub, LeVeque; Pebay)."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares, self.cubes = 0, *torch.zeros(3)
-
-    def add(self, samples: Tensor) -> None:
-        """Take samples (b, ...)."""
-        size, center = len(samples), samples.mean(0)
-        total, a, b = self.count + size, self.count / (self.count + size), size / (self.count + size)
-        squares, cubes = (((samples - center) ** power).sum(0) for power in (2, 3))
-        mean, own = self.mean.to(center), self.squares.to(center)
-        shift = center - mean
-        cubes = cubes + self.cubes.to(center) + shift**3 * total * a * b * (a - b)
-        self.cubes = cubes + 3 * shift * (a * squares - b * own)
-        self.squares = own + squares + shift**2 * total * a * b
-        self.mean, self.count = mean + b * shift, total
-
-    @property
-    def std_error(self) -> Tensor:
-        """Of the mean; nan for one sample."""
-        if self.count == 1:
-            return torch.full_like(self.mean, torch.nan)
-        return (self.squares / (self.count - 1) / self.count).sqrt()
-
-    @property
-    def skewness(self) -> Tensor:
-        """The mean cube over the mean square to 3/2; 0 without a spread."""
-        spread = (self.squares / self.count) ** 1.5
-        return torch.where(spread > 0, self.cubes / self.count / spread, 0.0)
 
 
 def _check_symmetry(products: Products, z: Tensor, image: Tensor) -> None:

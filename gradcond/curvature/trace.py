@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gradcond.curvature.estimates import Estimate, NormEstimate
 from gradcond.curvature.exchange import Exchange
 from gradcond.curvature.operators import Products
-from gradcond.curvature.probes import Estimate, NormEstimate, Quantity, estimate
+from gradcond.curvature.probes import Quantity, estimate
 
 TRACE = Quantity(
     known=lambda known: (known.Q * known.Z).sum(),
@@ -40,10 +41,11 @@ def trace(
     "hutchinson" is the mean of z^T A z over random signs z; the variance of one is twice the squared norm of the
     off-diagonal part. "hutch++" spends a third of the products on Y = A Omega, a third on A Q for an orthonormal
     basis Q of Y, and samples with the last third what Q leaves out, tr A = tr Q^T A Q + tr of the rest: far
-    better where a few eigenvalues stand out; its samples are independent, so its interval holds. "xtrace" lets
-    each probe sample what the others leave out: the least error where the eigenvalues decay, but its estimates
-    are correlated, and the standard error is up to 1.5 times too small (measured). Exact from the n unit vectors
-    when num_matvecs >= n.
+    better where a few eigenvalues stand out. "xtrace" lets each probe sample what the others leave out: the least
+    error where the eigenvalues decay. Its samples are correlated; their covariance is estimated without bias and
+    without products, and counts in the standard error, at least half of what their spread gives, which is up to
+    1.22 times too much where they are not correlated. Its intervals of 95 % cover 92 to 98 % (of 1000 runs at six
+    spectra and 10 to 90 products of n = 100, measured). Exact from the n unit vectors when num_matvecs >= n.
 
     Args:
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
