@@ -74,6 +74,11 @@ METHODS = {
     "BNP+MSR": Method(chain=lambda: [gradcond.BNP(), gradcond.MeanShiftRejection()]),
     "BNP+clip": Method(chain=lambda: [gradcond.BNP(), gradcond.NormClipping()]),
     "BNP+MSR+clip": Method(chain=lambda: [gradcond.BNP(), gradcond.MeanShiftRejection(), gradcond.NormClipping()]),
+    "BNP(eps_rel=.1)": Method(chain=lambda: [gradcond.BNP(eps_rel=0.1)]),
+    "BNP(eps_rel=.1)+damp": Method(chain=lambda: [gradcond.BNP(eps_rel=0.1), gradcond.RateDamping()]),
+    "BNP(eps_rel=.1)+MSR+damp": Method(
+        chain=lambda: [gradcond.BNP(eps_rel=0.1), gradcond.MeanShiftRejection(), gradcond.RateDamping()]
+    ),
     "damp": Method(chain=lambda: [gradcond.RateDamping()]),
     "MSR+damp": Method(chain=lambda: [gradcond.MeanShiftRejection(), gradcond.RateDamping()]),
     "BNP+damp": Method(chain=lambda: [gradcond.BNP(), gradcond.RateDamping()]),
