@@ -36,7 +36,8 @@ def problem(rows=6):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_methods_agree_and_the_probe_tells(kind):
+def test_methods_agree_and_the_probe_tells(kind, monkeypatch):
+    monkeypatch.setattr(kind, "_forward_costs", 0.0)  # forward mode is tried
     model, x, y = problem()
     results = []
     for method in (*METHODS, "auto"):
@@ -49,10 +50,12 @@ def test_methods_agree_and_the_probe_tells(kind):
         torch.testing.assert_close(result, results[0], rtol=0, atol=1e-13 * float(results[0].abs().max()))
 
 
-@pytest.mark.parametrize("building, tried", [(5.0, False), (0.5, True)])
-def test_forward_mode_is_tried_where_it_may_win(building, tried, monkeypatch):
-    """With the graph kept it builds as much anew in each product as double backward does once."""
-    now, forwards = [0.0], []
+# seconds that building the graph of double backward takes; a product with it takes 1 more, one by forward mode 0.6
+@pytest.mark.parametrize("keeps, building, tried", [(True, 5.0, False), (True, 0.3, True), (False, 2.0, False), (False, 0.5, True)])
+@pytest.mark.parametrize("method", ["auto", "forward_over_reverse"])
+def test_forward_mode_is_tried_where_it_may_win(method, keeps, building, tried, monkeypatch):
+    """It builds as much anew in each product as double backward does once."""
+    now, forwards, built = [0.0], [], []
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def build():
@@ -62,6 +65,7 @@ def test_forward_mode_is_tried_where_it_may_win(building, tried, monkeypatch):
             now[0] += 1
             return parts
 
+        built.append(product)
         return product
 
     def forward(parts, batched):
@@ -69,10 +73,14 @@ def test_forward_mode_is_tried_where_it_may_win(building, tried, monkeypatch):
         now[0] += 0.6
         return parts
 
-    found = probe(build, forward, [torch.ones(3)], "auto", 1.0, torch.float64)
+    def found(costs):
+        return probe(build, forward, [torch.ones(3)], method, costs, keeps, torch.float64)
+
+    (taken, product), tried = found(2.0), tried or method != "auto"
     assert bool(forwards) == tried
-    assert found.method == ("forward_over_reverse" if tried else "double_backward")
-    assert probe(build, forward, [torch.ones(3)], "auto", 0.0, torch.float64).method == "forward_over_reverse"
+    assert taken.method == ("forward_over_reverse" if tried else "double_backward")
+    assert tried or product is built[-1]
+    assert found(0.1)[0].method == "forward_over_reverse"
 
 
 class WrongForward(torch.autograd.Function):
@@ -97,7 +105,8 @@ class Wrong(nn.Module):
 
 
 @pytest.mark.parametrize("kind, dense", [(Hessian, dense_hessian), (GGN, dense_ggn)])
-def test_a_wrong_forward_derivative_is_found(kind, dense):
+def test_a_wrong_forward_derivative_is_found(kind, dense, monkeypatch):
+    monkeypatch.setattr(kind, "_forward_costs", 0.0)  # forward mode is tried
     _, x, y = problem()
     model = nn.Sequential(nn.Linear(4, 4), Wrong(), nn.Linear(4, 3))
     H = kind(model, nn.CrossEntropyLoss(), split(x, y, [4, 2]))

@@ -22,6 +22,9 @@ Parts = Sequence[Tensor]  # one tensor a parameter
 Product = Callable[..., Parts]
 # seconds: beside longer products, what the first one costs more is little; a device loads kernels in it
 SHORT, SHORT_ON_DEVICE = 0.05, 1.0
+# near a tie the choice, and with it the rounding, should not depend on the load of the machine
+FASTER = 0.75
+PIECE = 1 << 16  # numbers compared at a time
 METHODS = ("auto", "double_backward", "forward_over_reverse")
 
 
@@ -79,41 +82,52 @@ class Probe:
 
 
 def probe(
-    build: Callable[[], Product], forward: Product, parts: Parts, method: str, kept: float, dtype: torch.dtype
-) -> Probe:
-    """Compares the methods on the first batch: the faster one where both agree.
+    build: Callable[[], Product],
+    forward: Product,
+    parts: Parts,
+    method: str,
+    costs: float,
+    keeps: bool,
+    dtype: torch.dtype,
+) -> tuple[Probe, Product | None]:
+    """Compares the methods on the first batch: the faster one where both agree; and what it has built for it.
 
     The second run of each counts where one of the first is short. Double backward, which has kernels for most,
-    is the one to agree with. Where its graph is kept, ``kept`` says how many times what building it takes forward
-    over reverse takes at least, since it builds as much anew, with tangents: what cannot win is not tried. ``kept``
-    is 0 where each product builds the graph again.
+    is the one to agree with. Forward over reverse takes at least ``costs`` times what building the graph of
+    double backward takes, as it computes all that is in it, with tangents: what cannot win is not tried. Where
+    double backward ``keeps`` its graph from product to product, building it does not count.
     """
-    seconds: dict[str, float] = {}
-    building = 0.0
+    device, seconds, building = parts[0].device, {}, 0.0
+    product: Product | None = None
 
     def backward() -> Parts:
-        nonlocal building
-        product, building = _timed(build, parts[0].device)
-        result, applying = _timed(lambda: product(parts, False), parts[0].device)
-        seconds["double_backward"] = applying + (0 if kept else building)
+        nonlocal product, building
+        product = None  # one graph at a time
+        product, building = _timed(build, device)
+        result, applying = _timed(functools.partial(product, parts, False), device)
+        seconds["double_backward"] = applying + (0 if keeps else building)
         return result
 
     def forward_mode() -> Parts:
-        result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
+        nonlocal product
+        product = None
+        result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), device)
         return result
 
-    if method == "auto" and kept:
+    if method == "auto" and (keeps or costs > 1):
         backward()
-        if seconds["double_backward"] <= kept * building:
-            return Probe("double_backward", "its graph is kept, and building one takes longer", seconds)
+        if not keeps and min(seconds.values()) < _short(device):
+            backward()
+        if FASTER * seconds["double_backward"] <= costs * building:
+            return Probe("double_backward", "forward mode takes longer than building its graph", seconds), product
     # one graph and two results at a time; forward mode, which needs more memory, while there is no other result
     try:
         result = forward_mode()
     except (RuntimeError, NotImplementedError) as error:
+        reference = backward()  # an error of the model itself comes first
         if method != "auto":
-            backward()  # an error of the model itself comes first
             raise
-        return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds)
+        return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds), product
     reference = backward()
     difference = relative_difference(result, reference)
     del result, reference
@@ -123,15 +137,14 @@ def probe(
                 f"forward over reverse differs from double backward by {difference:.1e} of the product: an "
                 'operation of the model has no or a wrong forward derivative; use method="double_backward"'
             )
-        return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds)
+        return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds), product
     if method != "auto":
-        return Probe(method, "asked for, and agrees with double backward")
-    if min(seconds.values()) < _short(parts[0].device):
-        backward()
+        return Probe(method, "asked for, and agrees with double backward"), None
+    if min(seconds.values()) < _short(device):
         forward_mode()
-    # a quarter: near a tie the choice, and with it the rounding, should not depend on the load of the machine
-    faster = seconds["forward_over_reverse"] < 0.75 * seconds["double_backward"]
-    return Probe("forward_over_reverse" if faster else "double_backward", "the faster one", seconds)
+        backward()
+    faster = seconds["forward_over_reverse"] < FASTER * seconds["double_backward"]
+    return Probe("forward_over_reverse" if faster else "double_backward", "the faster one", seconds), product
 
 
 def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
@@ -148,7 +161,7 @@ def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
         column, seconds = _timed(functools.partial(product, [part[i] for part in stacked], False), device)
         one_by_one += seconds
         agree &= relative_difference([part[i] for part in together], column) <= _agreement(dtype)
-    return vectorized < 0.75 * one_by_one and agree
+    return vectorized < FASTER * one_by_one and agree
 
 
 def _short(device: torch.device) -> float:
@@ -162,9 +175,14 @@ def _agreement(dtype: torch.dtype) -> float:
 
 def relative_difference(parts: Parts, others: Parts) -> float:
     """The norm of the difference over that of the others."""
-    pairs = [(a.detach(), b.detach()) for a, b in zip(parts, others, strict=True)]
+    pairs = [pair for a, b in zip(parts, others, strict=True) for pair in zip(_pieces(a), _pieces(b), strict=True)]
     difference = math.hypot(*(_norm(a - b) for a, b in pairs))
     return difference / max(math.hypot(*(_norm(b) for _, b in pairs)), torch.finfo(torch.float64).tiny)
+
+
+def _pieces(t: Tensor) -> tuple[Tensor, ...]:
+    """All numbers, a few at a time: what is computed from them takes little memory."""
+    return t.detach().reshape(-1).split(PIECE)
 
 
 def _norm(t: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import operator
 import types
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool}
 
 
 class Snapshot:
@@ -49,10 +49,9 @@ class _Copy:
 
     def __init__(self, t: Tensor) -> None:
         self.kind = _kind(t)
-        plain = t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
-        self.bytes = plain and t.dtype in NUMPY and t.is_contiguous() and not t.is_neg()
-        # bytes are compared six times as fast as numbers by torch.equal
-        self.contents: Any = bytearray(t.detach().numpy().data) if self.bytes else t.detach().clone()
+        # bytes are compared six times as fast as numbers by torch.equal, and at seven times the speed of a digest
+        self.bytes = t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) and _is_plain(t)
+        self.contents: Any = bytearray(_memory(t)) if self.bytes else t.detach().clone()
 
     def holds(self, t: Tensor) -> bool:
         """Whether the tensor has these contents."""
@@ -60,7 +59,17 @@ class _Copy:
             return False
         if not self.bytes:
             return torch.equal(t.detach(), self.contents)
-        return t.is_contiguous() and not t.is_neg() and bool(self.contents == t.detach().numpy())
+        return _is_plain(t) and bool(self.contents == _memory(t))
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether its numbers lie in memory one after the other."""
+    return t.layout == torch.strided and t.is_contiguous() and not t.is_neg() and not t.is_conj()
+
+
+def _memory(t: Tensor) -> Any:
+    # not by NumPy, whose views forbid for ever that the storage is resized
+    return (ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr())
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:
