@@ -20,6 +20,7 @@ from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, wo
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
 from gradcond.curvature.processes import Processes
 from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching_pays, grad, probe
+from gradcond.curvature.sketch import relative_difference, sketch
 from gradcond.curvature.snapshot import Snapshot
 from gradcond.curvature.vectors import Sum, parts_of, stacked
 
@@ -215,11 +216,11 @@ class LossOperator(Operator):
             v = v.to(self.device, working_dtype(self.dtype))
             self._seed = 1
             try:
-                other = self @ v
+                other = sketch([self @ v])
             finally:
                 self._seed = 0
-            first = self @ v  # after it: the graph that it keeps is that of the products to come
-            noise = float((first - other).norm() / first.norm().clamp_min(torch.finfo(v.dtype).tiny))
+            # after it: the graph that it keeps is that of the products to come
+            noise = relative_difference(other, sketch([self @ v]))
             if noise > ASYMMETRY[self.dtype]:
                 raise ValueError(
                     f"two products of the same vector differ by {noise:.1e} of their size; {self._culprit()}"

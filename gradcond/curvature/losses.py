@@ -93,11 +93,12 @@ def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
 
 
 def _of_module(loss_fn: Any, reduction: str, output: Tensor, target: Tensor) -> Tensor:
-    own, loss_fn.reduction = loss_fn.reduction, reduction
+    settings = vars(loss_fn)  # a module takes its time to set one
+    own, settings["reduction"] = settings["reduction"], reduction
     try:
         return loss_fn(output, target)
     finally:
-        loss_fn.reduction = own
+        settings["reduction"] = own
 
 
 def _of_function(

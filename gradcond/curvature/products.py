@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gradcond.curvature.sketch import relative_difference, sketch
+
 Parts = Sequence[Tensor]  # one tensor a parameter
 # a product of one vector, or of several stacked in front of each part (batched=True); by double backward also with
 # the diagonal block of some of the parameters, when their places are given as a third argument
@@ -24,7 +25,6 @@ Product = Callable[..., Parts]
 SHORT, SHORT_ON_DEVICE = 0.05, 1.0
 # near a tie the choice, and with it the rounding, should not depend on the load of the machine
 FASTER = 0.75
-PIECE = 1 << 16  # numbers compared at a time
 METHODS = ("auto", "double_backward", "forward_over_reverse")
 
 
@@ -120,17 +120,14 @@ def probe(
             backward()
         if FASTER * seconds["double_backward"] <= costs * building:
             return Probe("double_backward", "forward mode takes longer than building its graph", seconds), product
-    # one graph and two results at a time; forward mode, which needs more memory, while there is no other result
     try:
-        result = forward_mode()
+        result = sketch(forward_mode())
     except (RuntimeError, NotImplementedError) as error:
-        reference = backward()  # an error of the model itself comes first
+        backward()  # an error of the model itself comes first
         if method != "auto":
             raise
         return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds), product
-    reference = backward()
-    difference = relative_difference(result, reference)
-    del result, reference
+    difference = relative_difference(result, sketch(backward()))
     if not difference <= _agreement(dtype):
         if method != "auto":
             raise ValueError(
@@ -154,13 +151,15 @@ def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
         together, vectorized = _timed(lambda: product(stacked, True), device)
         if vectorized < _short(device):
             del together
-            together, vectorized = _timed(lambda: product(stacked, True), device)
+            together, again = _timed(lambda: product(stacked, True), device)
+            vectorized = min(vectorized, again)
     except (RuntimeError, NotImplementedError):  # no batching rule, or a Python function without one
         return False
     for i in range(len(stacked[0])):
         column, seconds = _timed(functools.partial(product, [part[i] for part in stacked], False), device)
         one_by_one += seconds
-        agree &= relative_difference([part[i] for part in together], column) <= _agreement(dtype)
+        difference = relative_difference(sketch([part[i] for part in together]), sketch(column))
+        agree &= difference <= _agreement(dtype)
     return vectorized < FASTER * one_by_one and agree
 
 
@@ -171,22 +170,6 @@ def _short(device: torch.device) -> float:
 def _agreement(dtype: torch.dtype) -> float:
     """Half the digits: far above rounding, far below the percents of a wrong derivative."""
     return 2 * torch.finfo(dtype).eps ** 0.5
-
-
-def relative_difference(parts: Parts, others: Parts) -> float:
-    """The norm of the difference over that of the others."""
-    pairs = [pair for a, b in zip(parts, others, strict=True) for pair in zip(_pieces(a), _pieces(b), strict=True)]
-    difference = math.hypot(*(_norm(a - b) for a, b in pairs))
-    return difference / max(math.hypot(*(_norm(b) for _, b in pairs)), torch.finfo(torch.float64).tiny)
-
-
-def _pieces(t: Tensor) -> tuple[Tensor, ...]:
-    """All numbers, a few at a time: what is computed from them takes little memory."""
-    return t.detach().reshape(-1).split(PIECE)
-
-
-def _norm(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t, dtype=torch.float64))
 
 
 def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

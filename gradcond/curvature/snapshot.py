@@ -85,12 +85,18 @@ class _Walk:
         self.things = things
         self.plain: list[Any] = []  # settings, in order, and objects as _Same
         self.tensors: list[Tensor] = []
-        self._holders: list[tuple[Any, list[Any]]] = []  # what can be changed, and its parts
-        self._empty: list[Any] = []  # tables with nothing in them
+        # what can be changed: objects and the tables of their attributes, other tables, lists, functions
+        self._objects: list[Any] = []
+        self._attributes: list[dict[str, Any]] = []
+        self._tables: list[Any] = []
+        self._lists: list[list[Any]] = []
+        self._functions: list[types.FunctionType] = []
         self._steady = True
         self._seen: set[int] = set()
         for thing in things:
             self._visit(thing, 1)
+        self._sizes, self._parts = self._held()
+        self._empty = [part for part in self._parts if type(part) in _TABLES and not part]
 
     def still(self, things: tuple[Any, ...]) -> bool:
         """Whether these are the same things, made of the same objects; tensors may have other contents."""
@@ -99,8 +105,26 @@ class _Walk:
             and len(things) == len(self.things)
             and all(map(_same, things, self.things))
             and not any(self._empty)
-            and all(_are(_held(thing), parts) for thing, parts in self._holders)
+            and all(map(operator.is_, map(vars, self._objects), self._attributes))
+            and self._holds(*self._held())
         )
+
+    def _held(self) -> tuple[list[int], list[Any]]:
+        """The objects that can be exchanged in all that is watched, and how many there are in each."""
+        sizes, parts = [*map(len, self._attributes), *map(len, self._tables), *map(len, self._lists)], []
+        for table in (*self._attributes, *self._tables):
+            parts += table
+            parts += table.values()
+        for items in self._lists:
+            parts += items
+        for function in self._functions:
+            own = list(_of_function(function))
+            parts += own
+            sizes.append(len(own))
+        return sizes, parts
+
+    def _holds(self, sizes: list[int], parts: list[Any]) -> bool:
+        return sizes == self._sizes and all(map(operator.is_, parts, self._parts))
 
     def _visit(self, thing: Any, depth: int) -> None:
         if isinstance(thing, PLAIN):
@@ -121,10 +145,15 @@ class _Walk:
     def _watch(self, thing: Any, depth: int) -> None:
         if isinstance(thing, np.ndarray) or (isinstance(thing, Mapping) and type(thing) not in _TABLES):
             self._steady = False
-        elif isinstance(thing, (list, Mapping)) or _is_own(thing) or _has_settings(thing, depth):
-            parts = list(_held(thing))
-            self._holders.append((thing, parts))
-            self._empty += [part for part in parts if type(part) in _TABLES and not part]
+        elif type(thing) in _TABLES:
+            self._tables.append(thing)
+        elif isinstance(thing, list):
+            self._lists.append(thing)
+        elif _is_own(thing):
+            self._functions.append(thing)
+        elif _has_settings(thing, depth):
+            self._objects.append(thing)
+            self._attributes.append(vars(thing))
 
 
 class _Same:
@@ -148,21 +177,6 @@ def _same(a: Any, b: Any) -> bool:
 def _alike(some: list[Any], others: list[Any]) -> bool:
     pairs = zip(some, others, strict=False)
     return len(some) == len(others) and all(type(a) is type(b) and (a is b or a == b) for a, b in pairs)
-
-
-def _are(now: list[Any], then: list[Any]) -> bool:
-    """The same objects."""
-    return len(now) == len(then) and all(map(operator.is_, now, then))
-
-
-def _held(thing: Any) -> list[Any]:
-    """The objects that something refers to and that can be exchanged in it."""
-    if isinstance(thing, types.FunctionType):
-        return list(_of_function(thing))
-    if isinstance(thing, list):
-        return thing
-    table = thing if type(thing) in _TABLES else vars(thing)
-    return [*table, *table.values()]
 
 
 def _is_own(thing: Any) -> bool:
