@@ -220,7 +220,7 @@ class LossOperator(Operator):
             finally:
                 self._seed = 0
             # after it: the graph that it keeps is that of the products to come
-            noise = relative_difference(other, sketch([self @ v]))
+            noise = relative_difference([other], [sketch([self @ v])])
             if noise > ASYMMETRY[self.dtype]:
                 raise ValueError(
                     f"two products of the same vector differ by {noise:.1e} of their size; {self._culprit()}"

@@ -127,7 +127,7 @@ def probe(
         if method != "auto":
             raise
         return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds), product
-    difference = relative_difference(result, sketch(backward()))
+    difference = relative_difference([result], [sketch(backward())])
     if not difference <= _agreement(dtype):
         if method != "auto":
             raise ValueError(
@@ -158,8 +158,7 @@ def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
     for i in range(len(stacked[0])):
         column, seconds = _timed(functools.partial(product, [part[i] for part in stacked], False), device)
         one_by_one += seconds
-        difference = relative_difference(sketch([part[i] for part in together]), sketch(column))
-        agree &= difference <= _agreement(dtype)
+        agree &= relative_difference([part[i] for part in together], column) <= _agreement(dtype)
     return vectorized < FASTER * one_by_one and agree
 
 
