@@ -30,11 +30,10 @@ class Hessian(LossOperator):
     equal batches; for uneven ones let it return ``(numerator, denominator)`` or pass weight_fn.
 
     Products are double backward passes, or forward-mode derivatives of the gradient (attention by its math
-    kernel). The first product compares the two on the first batch; ``probe`` says which it took, and why. Where
-    there is one batch, the graph of double backward is kept from product to product until a parameter, a
-    buffer, a mode, a setting or the batch changes, and forward mode is tried only if it might be faster even
-    so; ``release()`` frees the graph. What a loss reads from elsewhere than its arguments, closure and globals
-    is not watched.
+    kernel). The first product times the first batch, and compares the two where forward mode might be faster;
+    ``probe`` says which it took, and why. Where there is one batch, the graph of double backward is kept from
+    product to product until a parameter, a buffer, a mode, a setting or the batch changes; ``release()`` frees
+    it. What a loss reads from elsewhere than its arguments, closure and globals is not watched.
 
     Args:
         model: any module; torch.compile and data-parallel wrappers are unwrapped.
