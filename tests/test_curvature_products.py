@@ -361,6 +361,7 @@ def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
     for _ in range(2):
         assert vectors(kept, v) < 2.2  # the result, and the parts it is made of
     assert vectors(kept, torch.stack([v, v], 1)[:, :1]) < 2.7
+    assert vectors(kept, torch.ones(len(v), 4)) < 6.8  # one product at a time
     assert vectors(kind(model, nn.CrossEntropyLoss(), batches, method="double_backward"), v) < 2.7
     first = 2.3 if kind is GGN else 4.2  # forward mode tried; the Hessian's computes the gradient, too
     monkeypatch.setattr(kind, "_forward_costs", 0.0)
