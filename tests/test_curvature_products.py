@@ -52,7 +52,9 @@ def test_methods_agree_and_the_probe_tells(kind, monkeypatch):
 
 
 # seconds that building the graph of double backward takes; a product with it takes 1 more, one by forward mode 0.6
-@pytest.mark.parametrize("keeps, building, tried", [(True, 5.0, False), (True, 0.3, True), (False, 2.0, False), (False, 0.5, True)])
+@pytest.mark.parametrize(
+    "keeps, building, tried", [(True, 5.0, False), (True, 0.3, True), (False, 2.0, False), (False, 0.5, True)]
+)
 @pytest.mark.parametrize("method", ["auto", "forward_over_reverse"])
 def test_forward_mode_is_tried_where_it_may_win(method, keeps, building, tried, monkeypatch):
     """It builds as much anew in each product as double backward does once."""
@@ -363,7 +365,7 @@ def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
     assert vectors(kept, torch.stack([v, v], 1)[:, :1]) < 2.7
     assert vectors(kept, torch.ones(len(v), 4)) < 6.8  # one product at a time
     assert vectors(kind(model, nn.CrossEntropyLoss(), batches, method="double_backward"), v) < 2.7
-    first = 2.3 if kind is GGN else 4.2  # forward mode tried; the Hessian's computes the gradient, too
+    first = 3.3 if kind is GGN else 4.3  # forward mode tried, perhaps taken; the Hessian's computes the gradient, too
     monkeypatch.setattr(kind, "_forward_costs", 0.0)
     assert vectors(kind(model, nn.CrossEntropyLoss(), batches), v) < first
     H = kind(model, nn.CrossEntropyLoss(), batches)

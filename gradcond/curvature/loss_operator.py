@@ -418,4 +418,3 @@ class LossOperator(Operator):
         """What a product with a batch takes on the CPU, 0 where it is not known."""
         seconds = {} if self.probe is None or self.device.type != "cpu" else self.probe.seconds
         return min(seconds.values(), default=0.0)
-

@@ -16,8 +16,8 @@ SUMS = 4093  # a prime: the entries of a column or a filter fall into different 
 def sketch(parts: Sequence[Tensor]) -> Tensor:
     """Sums of all numbers with random signs, (SUMS,) in float64, linear and the same for the same shapes.
 
-    Up to SUMS numbers are their own sketch. Of more, entry i goes with a sign to sum i mod SUMS: the square of the
-    norm is unbiased, with a relative standard deviation of (2 / SUMS)^1/2 = 2 % where the numbers are spread evenly.
+    Up to SUMS numbers are their own sketch. Of more, entry i goes with a sign to sum i mod SUMS: the square of
+    the norm is unbiased, with a standard deviation of (2 / SUMS)^1/2 = 2 % where the numbers are spread evenly.
 
     References:
         M. Charikar, K. Chen, M. Farach-Colton, Finding frequent items in data streams, 2004.
