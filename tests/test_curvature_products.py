@@ -365,7 +365,7 @@ def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
     assert vectors(kept, torch.stack([v, v], 1)[:, :1]) < 2.7
     assert vectors(kept, torch.ones(len(v), 4)) < 6.8  # one product at a time
     assert vectors(kind(model, nn.CrossEntropyLoss(), batches, method="double_backward"), v) < 2.7
-    first = 3.3 if kind is GGN else 4.3  # forward mode tried, perhaps taken; the Hessian's computes the gradient, too
+    first = 3.3 if kind is GGN else 4.3  # forward mode tried, perhaps taken
     monkeypatch.setattr(kind, "_forward_costs", 0.0)
     assert vectors(kind(model, nn.CrossEntropyLoss(), batches), v) < first
     H = kind(model, nn.CrossEntropyLoss(), batches)
