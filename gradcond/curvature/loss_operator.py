@@ -19,7 +19,7 @@ from gradcond.curvature.objective import Mean, Objective, Share, divisor, requir
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
 from gradcond.curvature.processes import Processes
-from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching_pays, grad, probe
+from gradcond.curvature.products import METHODS, Parts, Probe, Product, Trial, batching_pays, grad, probe
 from gradcond.curvature.sketch import relative_difference, sketch
 from gradcond.curvature.snapshot import Snapshot
 from gradcond.curvature.vectors import Sum, parts_of, stacked
@@ -373,15 +373,14 @@ class LossOperator(Operator):
         drawn = [torch.randn(p.shape, generator=generator, dtype=dtype) for p in evaluation.parameters]
         parts = [part.to(p) for part, p in zip(drawn, evaluation.parameters, strict=True)]
         del drawn
-        return probe(
+        trial = Trial(
             lambda: self._double_backward(evaluation),
             self._forward_over_reverse(evaluation),
             parts,
-            self.method,
-            self._forward_costs,
-            num_batches(self.data) == 1,
-            self.dtype,
+            keeps=num_batches(self.data) == 1,
+            costs=self._forward_costs,
         )
+        return probe(trial, self.method, self.dtype)
 
     def _rows(
         self, product: Product, V: Tensor, parameters: Sequence[Tensor], places: Places

@@ -81,67 +81,83 @@ class Probe:
     seconds: dict[str, float] = field(default_factory=dict)  # per product with the first batch, by method
 
 
-def probe(
-    build: Callable[[], Product],
-    forward: Product,
-    parts: Parts,
-    method: str,
-    costs: float,
-    keeps: bool,
-    dtype: torch.dtype,
-) -> tuple[Probe, Product | None]:
-    """Compares the methods on the first batch: the faster one where both agree; and what it has built for it.
+@dataclass
+class Trial:
+    """A product with one vector by both methods, each timed; at most one graph at a time."""
+
+    build: Callable[[], Product]  # the graph of double backward, and the product with it
+    forward: Product
+    parts: Parts
+    keeps: bool  # whether that graph is kept from product to product: building it does not count
+    costs: float  # least time of a product by forward mode, in times of building, as it computes all that, too
+    seconds: dict[str, float] = field(default_factory=dict)
+    building: float = 0.0
+    product: Product | None = None  # by double backward, the last one built
+
+    def by_double_backward(self) -> Parts:
+        """The product, once its graph has been built."""
+        self.product = None
+        self.product, self.building = _timed(self.build, self.parts[0].device)
+        result, applying = _timed(functools.partial(self.product, self.parts, False), self.parts[0].device)
+        self.seconds["double_backward"] = applying + (0 if self.keeps else self.building)
+        return result
+
+    def by_forward_mode(self) -> Parts:
+        """The product."""
+        self.product = None
+        product = functools.partial(self.forward, self.parts, False)
+        result, self.seconds["forward_over_reverse"] = _timed(product, self.parts[0].device)
+        return result
+
+    @property
+    def is_short(self) -> bool:
+        """Whether what a first run costs more is much beside it."""
+        return min(self.seconds.values()) < _short(self.parts[0].device)
+
+    def decided(self) -> bool:
+        """Whether forward mode cannot win."""
+        if not self.keeps and self.costs <= 1:
+            return False
+        self.by_double_backward()
+        if not self.keeps and self.is_short:
+            self.by_double_backward()
+        return FASTER * self.seconds["double_backward"] <= self.costs * self.building
+
+
+def probe(trial: Trial, method: str, dtype: torch.dtype) -> tuple[Probe, Product | None]:
+    """Compares the methods on the first batch: the faster one where both agree; and what was built for it.
 
     The second run of each counts where one of the first is short. Double backward, which has kernels for most,
-    is the one to agree with. Forward over reverse takes at least ``costs`` times what building the graph of
-    double backward takes, as it computes all that is in it, with tangents: what cannot win is not tried. Where
-    double backward ``keeps`` its graph from product to product, building it does not count.
+    is the one to agree with.
     """
-    device, seconds, building = parts[0].device, {}, 0.0
-    product: Product | None = None
 
-    def backward() -> Parts:
-        nonlocal product, building
-        product = None  # one graph at a time
-        product, building = _timed(build, device)
-        result, applying = _timed(functools.partial(product, parts, False), device)
-        seconds["double_backward"] = applying + (0 if keeps else building)
-        return result
+    def taken(name: str, reason: str) -> tuple[Probe, Product | None]:
+        return Probe(name, reason, trial.seconds), trial.product
 
-    def forward_mode() -> Parts:
-        nonlocal product
-        product = None
-        result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), device)
-        return result
-
-    if method == "auto" and (keeps or costs > 1):
-        backward()
-        if not keeps and min(seconds.values()) < _short(device):
-            backward()
-        if FASTER * seconds["double_backward"] <= costs * building:
-            return Probe("double_backward", "forward mode takes longer than building its graph", seconds), product
+    if method == "auto" and trial.decided():
+        return taken("double_backward", "forward mode takes longer than building its graph")
     try:
-        result = sketch(forward_mode())
+        result = sketch(trial.by_forward_mode())
     except (RuntimeError, NotImplementedError) as error:
-        backward()  # an error of the model itself comes first
+        trial.by_double_backward()  # an error of the model itself comes first
         if method != "auto":
             raise
-        return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds), product
-    difference = relative_difference([result], [sketch(backward())])
+        return taken("double_backward", f"no forward mode: {str(error).splitlines()[0]}")
+    difference = relative_difference([result], [sketch(trial.by_double_backward())])
     if not difference <= _agreement(dtype):
         if method != "auto":
             raise ValueError(
                 f"forward over reverse differs from double backward by {difference:.1e} of the product: an "
                 'operation of the model has no or a wrong forward derivative; use method="double_backward"'
             )
-        return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds), product
+        return taken("double_backward", f"forward over reverse differs by {difference:.1e}")
     if method != "auto":
         return Probe(method, "asked for, and agrees with double backward"), None
-    if min(seconds.values()) < _short(device):
-        forward_mode()
-        backward()
-    faster = seconds["forward_over_reverse"] < FASTER * seconds["double_backward"]
-    return Probe("forward_over_reverse" if faster else "double_backward", "the faster one", seconds), product
+    if trial.is_short:
+        trial.by_forward_mode()
+        trial.by_double_backward()
+    faster = trial.seconds["forward_over_reverse"] < FASTER * trial.seconds["double_backward"]
+    return taken("forward_over_reverse" if faster else "double_backward", "the faster one")
 
 
 def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
