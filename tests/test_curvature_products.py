@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
-from gradcond.curvature.passes import SWITCHES
+from gradcond.curvature.passes import SWITCHES, Draws
 from gradcond.curvature.products import Probe, Trial, probe
 
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
@@ -578,6 +578,10 @@ def test_a_kept_graph_that_draws_repeats_itself():
     assert after == before
 
 
+def noisy(output, target):
+    return (1 + np.random.rand() + random.random()) * F.cross_entropy(output, target)
+
+
 def test_a_block_that_draws_nothing_says_nothing_of_the_others():
     class Draw(nn.Module):
         def forward(self, x):
@@ -594,6 +598,24 @@ def test_a_block_that_draws_nothing_says_nothing_of_the_others():
     first = H @ v
     assert torch.equal(H @ v, first)
     assert (random.getstate(), str(np.random.get_state(legacy=False))) == before
+
+
+@pytest.mark.parametrize("generator", ["MT19937", "PCG64", "Philox", "SFC64"])
+def test_every_generator_of_numpy_is_put_back(generator):
+    own = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(getattr(np.random, generator)(7))
+        np.random.randn()  # leaves a second number waiting
+        before, twin = np.random.get_state(legacy=False), Draws()
+        H = Hessian(*problem()[:1], noisy, [problem()[1:]])
+        H @ torch.ones(H.shape[0])
+        assert str(np.random.get_state(legacy=False)) == str(before) and twin.only_torch_since()
+        numbers = np.random.randn(700)
+        assert not twin.only_torch_since()
+        twin.restore()
+        assert np.array_equal(np.random.randn(700), numbers)
+    finally:
+        np.random.set_bit_generator(own)
 
 
 def test_switches_stand_as_the_user_left_them():
