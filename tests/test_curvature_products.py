@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import importlib
+import math
 import pickle
 import random
 import resource
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
 from gradcond.curvature.passes import SWITCHES, Draws
 from gradcond.curvature.products import Probe, Trial, probe
+from gradcond.curvature.snapshot import _Copy
 
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
 KIBIBYTE = 1024 if sys.platform == "darwin" else 1
@@ -283,6 +285,19 @@ def test_what_a_loss_closes_over_and_names_is_watched():
         factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 1.0
         array[0] = objects[0] = 1.0
         SCALE.fill_(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool, torch.complex64])
+def test_the_copy_of_a_tensor(dtype):
+    t = torch.tensor([1.0, math.nan, -0.0, 2.0]).to(dtype)
+    held, same = _Copy(t), t.clone()
+    assert held.bytes and held.holds(t) and held.holds(same)
+    same.untyped_storage().resize_(2)
+    assert not held.holds(same)
+    t.untyped_storage().resize_(0)
+    assert not held.holds(t)
+    assert not _Copy(torch.ones(2, 3).mT).bytes and _Copy(torch.ones(2, 3).mT).holds(torch.ones(2, 3).mT)
+    assert _Copy(torch.ones(0)).holds(torch.ones(0))
 
 
 def test_a_loader_of_one_batch_is_read_again():

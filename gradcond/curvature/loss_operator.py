@@ -277,7 +277,7 @@ class LossOperator(Operator):
                 # the whole product, for that of a block needs no more than a part of the graph
                 whole = any(places is None for places, _ in asked)
                 kept.only_torch = before is None or (whole and before.only_torch_since())
-            total = added().div_(kept.divisor)
+                total = added().div_(kept.divisor)
         return [part.view(V.shape[1], -1).mT for (_, V), part in zip(asked, total.split(sizes), strict=True)]
 
     def _sum(self, size: int) -> Sum:

@@ -63,8 +63,10 @@ class _Copy:
 
 
 def _is_plain(t: Tensor) -> bool:
-    """Whether its numbers lie in memory one after the other."""
-    return t.layout == torch.strided and t.is_contiguous() and not t.is_neg() and not t.is_conj()
+    """Whether its numbers lie in memory one after the other; storages can have been resized."""
+    if t.layout != torch.strided or not t.is_contiguous() or t.is_neg() or t.is_conj():
+        return False
+    return t.untyped_storage().nbytes() >= (t.storage_offset() + t.numel()) * t.element_size()
 
 
 def _memory(t: Tensor) -> Any:
