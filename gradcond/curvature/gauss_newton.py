@@ -45,7 +45,7 @@ class GaussNewtonOperator(LossOperator):
                 return [torch.zeros_like(part) for part in parts]
             pushed = grad([slopes[i] for i in moved], dummies, list(moved.values()), batched=batched)
             below = [parameters[i] for i in own]
-            return grad(tops, below, bend(pushed, batched), batched=batched, free=evaluation.once)
+            return grad(tops, below, bend(pushed, batched), batched=batched, free=evaluation.frees)
 
         return product
 

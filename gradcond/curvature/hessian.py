@@ -81,7 +81,7 @@ class Hessian(LossOperator):
             if not moved:
                 return [torch.zeros_like(part) for part in parts]
             above, below = [slopes[i] for i in moved], [parameters[i] for i in own]
-            return grad(above, below, list(moved.values()), batched=batched, free=evaluation.once)
+            return grad(above, below, list(moved.values()), batched=batched, free=evaluation.frees)
 
         return product
 

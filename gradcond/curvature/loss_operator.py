@@ -38,7 +38,8 @@ class Evaluation:
     ) -> None:
         self.model, self.objective, self.batch, self.parameters = model, objective, batch, parameters
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
-        self.once = False  # it is evaluated no more than once from now on, for a single product
+        self.once = False  # it is evaluated no more than once from now on
+        self.frees = False  # and its graph is for a single product
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self.start = 0  # and its place among the numbers drawn for all data
         self._draws: Draws | None = None
@@ -337,7 +338,7 @@ class LossOperator(Operator):
         product = None
         if self.probe is None:
             self.probe, product = self._probe(evaluation)
-        evaluation.once = once
+        evaluation.once, evaluation.frees = once or not self._goes_forward, once
         if self._goes_forward:
             return self._forward_over_reverse(evaluation)
         return self._double_backward(evaluation) if product is None else product
