@@ -123,8 +123,8 @@ class MonteCarloFisher(GaussNewtonOperator):
         self._moved = bool(moved)
         return total, numbers
 
-    def _evaluation(self, batch: Any) -> Evaluation:
-        evaluation = super()._evaluation(batch)
+    def _evaluation(self, batch: Any, *parameters: Any) -> Evaluation:
+        evaluation = super()._evaluation(batch, *parameters)
         evaluation.start = self._before + self._count
         self._count += self.mc_samples * self._numbers(batch)
         return evaluation

@@ -29,7 +29,7 @@ class GaussNewtonOperator(LossOperator):
         return evaluation(function, parameters)
 
     def _double_backward(self, evaluation: Evaluation) -> Product:
-        parameters = self.parameters
+        parameters = evaluation.parameters
         tops, bend = self._evaluate(evaluation)
         # J^T u is linear in u: its derivative along v is J v
         dummies = [torch.zeros_like(z, requires_grad=True) for z in tops]
@@ -45,12 +45,12 @@ class GaussNewtonOperator(LossOperator):
                 return [torch.zeros_like(part) for part in parts]
             pushed = grad([slopes[i] for i in moved], dummies, list(moved.values()), batched=batched)
             below = [parameters[i] for i in own]
-            return grad(tops, below, bend(pushed, batched), batched=batched, free=evaluation.once)
+            return grad(tops, below, bend(pushed, batched), batched=batched, free=evaluation.frees)
 
         return product
 
     def _forward_over_reverse(self, evaluation: Evaluation) -> Product:
-        parameters = self.parameters
+        parameters = evaluation.parameters
         of_name = dict(zip(self.names, parameters, strict=True))
 
         def product(parts: Parts, batched: bool) -> Parts:

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _unflatten_dense_tensors
 
 from gradcond.curvature.culprit import culprit
 from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
 from gradcond.curvature.processes import Processes
-from gradcond.curvature.products import METHODS, Parts, Probe, Product, batching_pays, grad, probe
+from gradcond.curvature.products import METHODS, Parts, Probe, Product, Trial, batching_pays, grad, probe
+from gradcond.curvature.sketch import relative_difference, sketch
 from gradcond.curvature.snapshot import Snapshot
+from gradcond.curvature.vectors import Sum, parts_of, stacked
 
 TOGETHER = 16, 64  # columns of one vectorized backward pass, and where few numbers are multiplied
 TRIAL = 4, 8  # of the one that tells whether such passes are faster
@@ -32,10 +33,13 @@ Places = Sequence[int] | None  # of parameters among those of an operator, None 
 class Evaluation:
     """One batch of the objective, evaluated as often as a product needs, each time on the same random draws."""
 
-    def __init__(self, model: nn.Module, objective: Objective, batch: Any) -> None:
-        self.model, self.objective, self.batch = model, objective, batch
+    def __init__(
+        self, model: nn.Module, objective: Objective, batch: Any, parameters: Sequence[Tensor] = ()
+    ) -> None:
+        self.model, self.objective, self.batch, self.parameters = model, objective, batch, parameters
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
-        self.once = False  # it is evaluated no more than once from now on, for a single product
+        self.once = False  # it is evaluated no more than once from now on
+        self.frees = False  # and its graph is for a single product
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self.start = 0  # and its place among the numbers drawn for all data
         self._draws: Draws | None = None
@@ -189,15 +193,15 @@ class LossOperator(Operator):
 
     def loss(self) -> Tensor:
         """The loss on all batches concatenated, a scalar."""
-        return self._mean(lambda evaluation, total: total.add_(evaluation.loss().detach()), ())
+        return self._mean(lambda evaluation: [[evaluation.loss().view(1, 1)]], 1)[0]
 
     def gradient(self) -> Tensor:
         """Its gradient (n,), in the working dtype."""
 
-        def add(evaluation: Evaluation, total: Tensor) -> None:
-            _add(total, grad([evaluation.loss()], self.parameters))
+        def of_batch(evaluation: Evaluation) -> Iterator[Parts]:
+            yield [g.reshape(1, -1) for g in grad([evaluation.loss()], evaluation.parameters)]
 
-        return self._mean(add, (1, self.shape[0]))[0]
+        return self._mean(of_batch, self.shape[0])
 
     def check_deterministic(self) -> float:
         """The relative difference of two products of the same vector, under different random states.
@@ -213,11 +217,11 @@ class LossOperator(Operator):
             v = v.to(self.device, working_dtype(self.dtype))
             self._seed = 1
             try:
-                other = self @ v
+                other = sketch([self @ v])
             finally:
                 self._seed = 0
-            first = self @ v  # after it: the graph that it keeps is that of the products to come
-            noise = float((first - other).norm() / first.norm().clamp_min(torch.finfo(v.dtype).tiny))
+            # after it: the graph that it keeps is that of the products to come
+            noise = relative_difference([other], [sketch([self @ v])])
             if noise > ASYMMETRY[self.dtype]:
                 raise ValueError(
                     f"two products of the same vector differ by {noise:.1e} of their size; {self._culprit()}"
@@ -231,11 +235,11 @@ class LossOperator(Operator):
     @contextmanager
     def _drawn(self, seed: int) -> Iterator[Iterator[Any]]:
         """The batches of one pass, every random state set from the seed; all is left as found afterwards."""
-        with left_as_found(self.model, self.data, seed):
+        with left_as_found(self.model, self.model.parameters(), self.data, seed):
             yield batches(self.data, self.device, self.objective.takes_pairs)
 
-    def _evaluation(self, batch: Any) -> Evaluation:
-        return Evaluation(self.model, self.objective, batch)
+    def _evaluation(self, batch: Any, parameters: Sequence[Tensor] = ()) -> Evaluation:
+        return Evaluation(self.model, self.objective, batch, parameters)
 
     def _settings(self) -> tuple[int, ...]:
         """What else the matrix of a batch depends on."""
@@ -254,36 +258,43 @@ class LossOperator(Operator):
         """Products in one pass over the data: of V (n, k) with all parameters, or with the block of some."""
         sizes = [V.numel() for _, V in asked]
 
-        def push(product: Product, total: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-            for (places, V), rows in zip(asked, total.split(sizes), strict=True):
-                self._push(product, V, rows.view(V.shape[1], -1), parameters, places)
-            return total
+        def rows(product: Product, parameters: Sequence[Tensor]) -> Iterator[Parts]:
+            for places, V in asked:
+                yield from self._rows(product, V, parameters, places)
 
-        def add(evaluation: Evaluation, total: Tensor) -> None:
-            push(self._product(evaluation, sum(V.shape[1] for _, V in asked)), total, self.parameters)
+        def of_batch(evaluation: Evaluation) -> Iterator[Parts]:
+            product = self._product(evaluation, sum(V.shape[1] for _, V in asked))
+            return rows(product, evaluation.parameters)
 
         kept = self._kept
         if kept is None or not self._is_alone or not kept.snapshot.holds(*self._things(self.data)):
-            total = self._mean(add, (sum(sizes),))
+            total = self._mean(of_batch, sum(sizes))
         else:
-            total = torch.zeros(sum(sizes), dtype=working_dtype(self.dtype), device=self.device)
-            with left_as_found(self.model, self.data, self._seed, kept.only_torch):  # a backward pass may draw, too
+            added = self._sum(sum(sizes))
+            # a backward pass may draw, too
+            with left_as_found(self.model, kept.parameters, self.data, self._seed, kept.only_torch):
                 before = None if kept.only_torch else Draws()
-                push(kept.product, total, kept.parameters).div_(kept.divisor)
-                kept.only_torch = before is None or before.only_torch_since()
-        return [rows.view(V.shape[1], -1).mT for (_, V), rows in zip(asked, total.split(sizes), strict=True)]
+                added.add(rows(kept.product, kept.parameters))
+                # the whole product, for that of a block needs no more than a part of the graph
+                whole = any(places is None for places, _ in asked)
+                kept.only_torch = before is None or (whole and before.only_torch_since())
+                total = added().div_(kept.divisor)
+        return [part.view(V.shape[1], -1).mT for (_, V), part in zip(asked, total.split(sizes), strict=True)]
 
-    def _mean(self, add: Callable[[Evaluation, Tensor], Any], shape: Sequence[int]) -> Tensor:
-        """What ``add`` adds to a tensor of this shape in all batches of all processes, over the weight of all."""
-        mean, error = Mean(), None
-        total = torch.zeros(shape, dtype=working_dtype(self.dtype), device=self.device)
+    def _sum(self, size: int) -> Sum:
+        return Sum(size, working_dtype(self.dtype), self.device)
+
+    def _mean(self, of_batch: Callable[[Evaluation], Iterable[Parts]], size: int) -> Tensor:
+        """The sum over all batches of all processes of rows of ``size`` numbers, over the weight of all."""
+        mean, added, error = Mean(), self._sum(size), None
         try:
             with self._drawn(self._seed) as drawn:
+                parameters = self.parameters
                 for batch in drawn:
                     weight = self.objective.weight(batch)
                     if weight is None or float(weight) != 0:
-                        evaluation = self._evaluation(batch)
-                        add(evaluation, total)
+                        evaluation = self._evaluation(batch, parameters)
+                        added.add(of_batch(evaluation))
                         assert evaluation.share is not None
                         mean.shares.append(evaluation.share)
             mean.check()
@@ -291,7 +302,7 @@ class LossOperator(Operator):
             if not self.processes.several:
                 raise
             error = caught
-        sums = mean.sums
+        total, sums = added(), mean.sums
         if self.processes.several:
             kinds = self.processes.agree(self._same(), mean.kinds)
             total, sums = self._add_up(total, sums, error)
@@ -309,23 +320,32 @@ class LossOperator(Operator):
 
     def _product(self, evaluation: Evaluation, columns: int) -> Product:
         """The product with the matrix of a batch; the graph of a single batch is kept until something changes."""
-        reuse = num_batches(self.data) == 1
-        if self.probe is None:
-            self.probe = self._probe(evaluation, reuse)
-        if self.probe.method == "forward_over_reverse":
-            evaluation.once = columns == 1
-            return self._forward_over_reverse(evaluation)
-        if not reuse:
-            evaluation.once = columns == 1
-            return self._double_backward(evaluation)
+        if num_batches(self.data) != 1 or self._goes_forward:
+            return self._built(evaluation, once=columns == 1)
         things = self._things(self.data if self._is_fixed else evaluation.batch)
         kept = self._kept
         if kept is None or not kept.snapshot.holds(*things):
             self._kept = kept = None
-            snapshot, product = Snapshot(*things), self._double_backward(evaluation)
-            self._kept = kept = Kept(snapshot, product, evaluation.share, self.parameters)
+            snapshot, product = Snapshot(*things), self._built(evaluation, once=False)
+            if self._goes_forward:
+                return product
+            self._kept = kept = Kept(snapshot, product, evaluation.share, evaluation.parameters)
         evaluation.share = kept.share
         return kept.product
+
+    def _built(self, evaluation: Evaluation, once: bool) -> Product:
+        """By the method that the first product chose; ``once``: the product is not asked for a second time."""
+        product = None
+        if self.probe is None:
+            self.probe, product = self._probe(evaluation)
+        evaluation.once, evaluation.frees = once or not self._goes_forward, once
+        if self._goes_forward:
+            return self._forward_over_reverse(evaluation)
+        return self._double_backward(evaluation) if product is None else product
+
+    @property
+    def _goes_forward(self) -> bool:
+        return self.probe is not None and self.probe.method == "forward_over_reverse"
 
     @property
     def _is_fixed(self) -> bool:
@@ -346,37 +366,45 @@ class LossOperator(Operator):
             *(self._seed, *autocast, *self._settings()),
         )
 
-    def _probe(self, evaluation: Evaluation, reuse: bool) -> Probe:
+    def _probe(self, evaluation: Evaluation) -> tuple[Probe, Product | None]:
         if self.method == "double_backward":
-            return Probe(self.method, "asked for")
-        v = torch.randn(self.shape[0], generator=generator_from(0), dtype=working_dtype(self.dtype))
-        parts, forward = _parts(v.to(self.device), self.parameters), self._forward_over_reverse(evaluation)
-        kept = self._forward_costs if reuse else 0.0
-        return probe(lambda: self._double_backward(evaluation), forward, parts, self.method, kept, self.dtype)
+            return Probe(self.method, "asked for"), None
+        generator, dtype = generator_from(0), working_dtype(self.dtype)
+        # each its own memory: tangents that are views of a vector would be copied
+        drawn = [torch.randn(p.shape, generator=generator, dtype=dtype) for p in evaluation.parameters]
+        parts = [part.to(p) for part, p in zip(drawn, evaluation.parameters, strict=True)]
+        del drawn
+        trial = Trial(
+            lambda: self._double_backward(evaluation),
+            self._forward_over_reverse(evaluation),
+            parts,
+            keeps=num_batches(self.data) == 1,
+            costs=self._forward_costs,
+        )
+        return probe(trial, self.method, self.dtype)
 
-    def _push(
-        self, product: Product, V: Tensor, total: Tensor, parameters: Sequence[Tensor], places: Places
-    ) -> None:
-        """Adds the product with each column of V (n, k) to a row of total (k, n).
+    def _rows(
+        self, product: Product, V: Tensor, parameters: Sequence[Tensor], places: Places
+    ) -> Iterator[list[Tensor]]:
+        """The product with each column of V (n, k), as rows in parts (c, numbers), c at a time.
 
         Several go in one pass where that is faster than one by one.
         """
         if places is not None:
             product, parameters = functools.partial(product, places=places), [parameters[i] for i in places]
         if V.shape[1] > 1 and self.method == "auto" and self._batches(product, V, parameters):
-            together = TOGETHER[self._is_quick]
-            for columns, rows in zip(V.split(together, 1), total.split(together), strict=True):
-                _add(rows, product(_stacked(columns, parameters), True))
+            for columns in V.split(TOGETHER[self._is_quick], 1):
+                rows = columns.shape[1]
+                yield [part.reshape(rows, -1) for part in product(stacked(columns, parameters), True)]
         else:
-            for column, row in zip(V.unbind(1), total.split(1), strict=True):
-                _add(row, product(_parts(column, parameters), False))
+            for column in V.unbind(1):
+                yield [part.reshape(1, -1) for part in product(parts_of(column, parameters), False)]
 
     def _batches(self, product: Product, V: Tensor, parameters: Sequence[Tensor]) -> bool:
         columns = min(V.shape[1], TRIAL[self._is_quick])
         if not self._batching and self._tried < columns and self._seconds < LONG:
-            forward = self.probe is not None and self.probe.method == "forward_over_reverse"
-            stacked = _stacked(V[:, :columns], parameters)
-            self._batching = not forward and batching_pays(product, stacked, self.dtype)
+            trial = stacked(V[:, :columns], parameters)
+            self._batching = not self._goes_forward and batching_pays(product, trial, self.dtype)
             self._tried = columns
         return self._batching
 
@@ -390,22 +418,3 @@ class LossOperator(Operator):
         """What a product with a batch takes on the CPU, 0 where it is not known."""
         seconds = {} if self.probe is None or self.device.type != "cpu" else self.probe.seconds
         return min(seconds.values(), default=0.0)
-
-
-def _parts(v: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """A vector (n,) as one tensor a parameter; views of it where they can be."""
-    parts = _unflatten_dense_tensors(v.contiguous(), parameters)
-    return [part.to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
-
-
-def _stacked(V: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Vectors (n, c) as one tensor (c, *shape) a parameter."""
-    parts = V.mT.split([p.numel() for p in parameters], 1)
-    return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
-
-
-@torch.no_grad()
-def _add(rows: Tensor, parts: Parts) -> None:
-    """The inverse of both: adds them to rows (c, n)."""
-    shaped = [part.reshape(len(rows), -1).to(rows) for part in parts]
-    torch._foreach_add_(rows.split([part.shape[1] for part in shaped], 1), shaped)

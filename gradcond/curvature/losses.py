@@ -27,7 +27,7 @@ class TorchLoss:
 
     name: str  # of the function, where the module has one
     loss_fn: Callable[..., Any]
-    unreduced: Callable[..., Tensor]
+    reduced: Callable[[str, Any, Tensor], Tensor]  # by another reduction
     options: dict[str, Any]
 
     @property
@@ -39,9 +39,9 @@ class TorchLoss:
         """(numerator, denominator) of a batch: the whole loss is sum / sum, or the sum where it is None."""
         if not self.is_mean:
             return self.loss_fn(output, target), None
-        losses = self.unreduced(output, target)
         if self.has_class_targets(target):
-            return losses.sum(), self.class_weights(target).sum()
+            return self.reduced("sum", output, target), self.class_weights(target).sum()
+        losses = self.reduced("none", output, target)
         return losses.sum(), output.shape[0] if self.options["reduction"] == "batchmean" else losses.numel()
 
     def terms(self, output: Any, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class TorchLoss:
 
         The terms add up to the numerator, and for a mean the weights to the denominator.
         """
-        losses = self.unreduced(output, target)
+        losses = self.reduced("none", output, target)
         if self.has_class_targets(target):
             return losses.reshape(-1), self.class_weights(target).reshape(-1).to(losses.dtype)
         if self.name == "cross_entropy":  # with probabilities: one loss a position
@@ -71,8 +71,8 @@ class TorchLoss:
 def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
     """One of torch's losses with its options, or None for anything else: its weighting is unknown."""
     if type(loss_fn).__module__ == "torch.nn.modules.loss":  # exact: a subclass may compute anything
-        unreduced: Callable[..., Tensor]
-        name, unreduced = type(loss_fn).__name__, functools.partial(_without_reduction, loss_fn)
+        reduced: Callable[[str, Any, Tensor], Tensor]
+        name, reduced = type(loss_fn).__name__, functools.partial(_of_module, loss_fn)
         options = {"weight": None, "ignore_index": None, **vars(loss_fn), **getattr(loss_fn, "_buffers", {})}
     else:
         function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
@@ -86,15 +86,22 @@ def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
             return None
         defaults = {key: parameter.default for key, parameter in parameters.items()}
         options = {"weight": None, "ignore_index": None, **defaults, **given}
-        unreduced = functools.partial(function, **{**given, "reduction": "none"})
+        reduced = functools.partial(_of_function, function, given)
     if options.get("reduction", "none") == "none":
         return None
-    return TorchLoss(_FUNCTION_OF.get(name, name), loss_fn, unreduced, options)
+    return TorchLoss(_FUNCTION_OF.get(name, name), loss_fn, reduced, options)
 
 
-def _without_reduction(loss_fn: Any, output: Tensor, target: Tensor) -> Tensor:
-    reduction, loss_fn.reduction = loss_fn.reduction, "none"
+def _of_module(loss_fn: Any, reduction: str, output: Tensor, target: Tensor) -> Tensor:
+    settings = vars(loss_fn)  # a module takes its time to set one
+    own, settings["reduction"] = settings["reduction"], reduction
     try:
         return loss_fn(output, target)
     finally:
-        loss_fn.reduction = reduction
+        settings["reduction"] = own
+
+
+def _of_function(
+    function: Callable[..., Tensor], given: dict[str, Any], reduction: str, output: Any, target: Tensor
+) -> Tensor:
+    return function(output, target, **{**given, "reduction": reduction})

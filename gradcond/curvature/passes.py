@@ -6,13 +6,12 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -94,30 +93,60 @@ def call(
     return torch.func.functional_call(_Whole(model), tensors, (function, batch))
 
 
+# how a switch stands, what sets it, and how it must stand: the fused attention kernels have no second derivative
+SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], None], bool], ...] = (
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp, True),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp, False),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+)
+
+
 @contextmanager
-def left_as_found(model: nn.Module, data: Any, seed: int, only_torch: bool = False) -> Iterator[None]:
+def left_as_found(
+    model: nn.Module, parameters: Iterable[Tensor], data: Any, seed: int, only_torch: bool = False
+) -> Iterator[None]:
     """Second derivatives work inside; random states and switches are put back afterwards.
 
     ``only_torch`` is for what is known to draw nothing from Python's and NumPy's generators.
     """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        # the fused attention kernels have no second derivative, cuDNN's recurrent ones neither
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        if torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in model.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # compiled parts run as they were written
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_seeded(data, seed, only_torch))
-        # a gradient hook on a parameter changes what is learned, not the loss whose curvature we want
-        for p in model.parameters():
-            if p._backward_hooks is not None:
-                stack.callback(setattr, p, "_backward_hooks", p._backward_hooks)
-                p._backward_hooks = None
+    with torch.inference_mode(False), torch.enable_grad(), _switched(model), _without_hooks(parameters):
+        with _seeded(data, seed, only_torch):
+            yield
+
+
+@contextmanager
+def _switched(model: nn.Module) -> Iterator[None]:
+    """Every switch as second derivatives need it."""
+    dynamo = "torch._dynamo" in sys.modules
+    # cuDNN's recurrent kernels have none
+    recurrent = torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in model.modules())
+    before = [get() for get, _, _ in SWITCHES]
+    try:
+        for _, put, wanted in SWITCHES:
+            put(wanted)
+        with (
+            torch.compiler.set_stance("force_eager") if dynamo else nullcontext(),  # compiled parts as written
+            torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
+        ):
+            yield
+    finally:
+        for (_, put, _), found in zip(SWITCHES, before, strict=True):
+            put(found)
+
+
+@contextmanager
+def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A gradient hook on a parameter changes what is learned, not the loss whose curvature we want."""
+    hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks is not None]
+    try:
+        for p, _ in hooks:
+            p._backward_hooks = None
         yield
+    finally:
+        for p, found in hooks:
+            p._backward_hooks = found
 
 
 class Draws:
@@ -125,7 +154,7 @@ class Draws:
 
     def __init__(self, only_torch: bool = False) -> None:
         self._torch = torch.get_rng_state()
-        self._others = None if only_torch else (random.getstate(), np.random.get_state())
+        self._others = None if only_torch else (random.getstate(), np.random.get_state(legacy=False))
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore(self) -> None:
@@ -135,14 +164,19 @@ class Draws:
             torch.cuda.set_rng_state(state, device)
         if self._others is not None:
             random.setstate(self._others[0])
-            np.random.set_state(self._others[1])
+            np.random.set_state(_listed(self._others[1]))  # lists are taken back ten times as fast as arrays
 
     def only_torch_since(self) -> bool:
         """Whether Python's and NumPy's generators are where they were."""
         assert self._others is not None
-        (kind, keys, *rest), (kind_then, keys_then, *rest_then) = np.random.get_state(), self._others[1]
-        same = np.array_equal(keys, keys_then) and (kind, rest) == (kind_then, rest_then)
-        return same and random.getstate() == self._others[0]
+        same = random.getstate() == self._others[0]
+        return same and _listed(np.random.get_state(legacy=False)) == _listed(self._others[1])
+
+
+def _listed(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _listed(value) for key, value in state.items()}
+    return state.tolist() if isinstance(state, np.ndarray) else state
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gradcond.curvature.sketch import relative_difference, sketch
+
 Parts = Sequence[Tensor]  # one tensor a parameter
 # a product of one vector, or of several stacked in front of each part (batched=True); by double backward also with
 # the diagonal block of some of the parameters, when their places are given as a third argument
 Product = Callable[..., Parts]
 # seconds: beside longer products, what the first one costs more is little; a device loads kernels in it
 SHORT, SHORT_ON_DEVICE = 0.05, 1.0
+# near a tie the choice, and with it the rounding, should not depend on the load of the machine
+FASTER = 0.75
 METHODS = ("auto", "double_backward", "forward_over_reverse")
 
 
@@ -78,60 +81,83 @@ class Probe:
     seconds: dict[str, float] = field(default_factory=dict)  # per product with the first batch, by method
 
 
-def probe(
-    build: Callable[[], Product], forward: Product, parts: Parts, method: str, kept: float, dtype: torch.dtype
-) -> Probe:
-    """Compares the methods on the first batch: the faster one where both agree.
+@dataclass
+class Trial:
+    """A product with one vector by both methods, each timed; at most one graph at a time."""
+
+    build: Callable[[], Product]  # the graph of double backward, and the product with it
+    forward: Product
+    parts: Parts
+    keeps: bool  # whether that graph is kept from product to product: building it does not count
+    costs: float  # least time of a product by forward mode, in times of building, as it computes all that, too
+    seconds: dict[str, float] = field(default_factory=dict)
+    building: float = 0.0
+    product: Product | None = None  # by double backward, the last one built
+
+    def by_double_backward(self) -> Parts:
+        """The product, once its graph has been built."""
+        self.product = None
+        self.product, self.building = _timed(self.build, self.parts[0].device)
+        result, applying = _timed(functools.partial(self.product, self.parts, False), self.parts[0].device)
+        self.seconds["double_backward"] = applying + (0 if self.keeps else self.building)
+        return result
+
+    def by_forward_mode(self) -> Parts:
+        """The product."""
+        self.product = None
+        product = functools.partial(self.forward, self.parts, False)
+        result, self.seconds["forward_over_reverse"] = _timed(product, self.parts[0].device)
+        return result
+
+    @property
+    def is_short(self) -> bool:
+        """Whether what a first run costs more is much beside it."""
+        return min(self.seconds.values()) < _short(self.parts[0].device)
+
+    def decided(self) -> bool:
+        """Whether forward mode cannot win."""
+        if not self.keeps and self.costs <= 1:
+            return False
+        self.by_double_backward()
+        if not self.keeps and self.is_short:
+            self.by_double_backward()
+        return FASTER * self.seconds["double_backward"] <= self.costs * self.building
+
+
+def probe(trial: Trial, method: str, dtype: torch.dtype) -> tuple[Probe, Product | None]:
+    """Compares the methods on the first batch: the faster one where both agree; and what was built for it.
 
     The second run of each counts where one of the first is short. Double backward, which has kernels for most,
-    is the one to agree with. Where its graph is kept, ``kept`` says how many times what building it takes forward
-    over reverse takes at least, since it builds as much anew, with tangents: what cannot win is not tried. ``kept``
-    is 0 where each product builds the graph again.
+    is the one to agree with.
     """
-    seconds: dict[str, float] = {}
-    building = 0.0
 
-    def backward() -> Parts:
-        nonlocal building
-        product, building = _timed(build, parts[0].device)
-        result, applying = _timed(lambda: product(parts, False), parts[0].device)
-        seconds["double_backward"] = applying + (0 if kept else building)
-        return result
+    def taken(name: str, reason: str) -> tuple[Probe, Product | None]:
+        return Probe(name, reason, trial.seconds), trial.product
 
-    def forward_mode() -> Parts:
-        result, seconds["forward_over_reverse"] = _timed(lambda: forward(parts, False), parts[0].device)
-        return result
-
-    if method == "auto" and kept:
-        backward()
-        if seconds["double_backward"] <= kept * building:
-            return Probe("double_backward", "its graph is kept, and building one takes longer", seconds)
-    # one graph and two results at a time; forward mode, which needs more memory, while there is no other result
+    if method == "auto" and trial.decided():
+        return taken("double_backward", "forward mode takes longer than building its graph")
     try:
-        result = forward_mode()
+        result = sketch(trial.by_forward_mode())
     except (RuntimeError, NotImplementedError) as error:
+        trial.by_double_backward()  # an error of the model itself comes first
         if method != "auto":
-            backward()  # an error of the model itself comes first
             raise
-        return Probe("double_backward", f"no forward mode: {str(error).splitlines()[0]}", seconds)
-    reference = backward()
-    difference = relative_difference(result, reference)
-    del result, reference
+        return taken("double_backward", f"no forward mode: {str(error).splitlines()[0]}")
+    difference = relative_difference([result], [sketch(trial.by_double_backward())])
     if not difference <= _agreement(dtype):
         if method != "auto":
             raise ValueError(
                 f"forward over reverse differs from double backward by {difference:.1e} of the product: an "
                 'operation of the model has no or a wrong forward derivative; use method="double_backward"'
             )
-        return Probe("double_backward", f"forward over reverse differs by {difference:.1e}", seconds)
+        return taken("double_backward", f"forward over reverse differs by {difference:.1e}")
     if method != "auto":
-        return Probe(method, "asked for, and agrees with double backward")
-    if min(seconds.values()) < _short(parts[0].device):
-        backward()
-        forward_mode()
-    # a quarter: near a tie the choice, and with it the rounding, should not depend on the load of the machine
-    faster = seconds["forward_over_reverse"] < 0.75 * seconds["double_backward"]
-    return Probe("forward_over_reverse" if faster else "double_backward", "the faster one", seconds)
+        return Probe(method, "asked for, and agrees with double backward"), None
+    if trial.is_short:
+        trial.by_forward_mode()
+        trial.by_double_backward()
+    faster = trial.seconds["forward_over_reverse"] < FASTER * trial.seconds["double_backward"]
+    return taken("forward_over_reverse" if faster else "double_backward", "the faster one")
 
 
 def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
@@ -141,14 +167,15 @@ def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
         together, vectorized = _timed(lambda: product(stacked, True), device)
         if vectorized < _short(device):
             del together
-            together, vectorized = _timed(lambda: product(stacked, True), device)
+            together, again = _timed(lambda: product(stacked, True), device)
+            vectorized = min(vectorized, again)
     except (RuntimeError, NotImplementedError):  # no batching rule, or a Python function without one
         return False
     for i in range(len(stacked[0])):
         column, seconds = _timed(functools.partial(product, [part[i] for part in stacked], False), device)
         one_by_one += seconds
         agree &= relative_difference([part[i] for part in together], column) <= _agreement(dtype)
-    return vectorized < 0.75 * one_by_one and agree
+    return vectorized < FASTER * one_by_one and agree
 
 
 def _short(device: torch.device) -> float:
@@ -158,17 +185,6 @@ def _short(device: torch.device) -> float:
 def _agreement(dtype: torch.dtype) -> float:
     """Half the digits: far above rounding, far below the percents of a wrong derivative."""
     return 2 * torch.finfo(dtype).eps ** 0.5
-
-
-def relative_difference(parts: Parts, others: Parts) -> float:
-    """The norm of the difference over that of the others."""
-    pairs = [(a.detach(), b.detach()) for a, b in zip(parts, others, strict=True)]
-    difference = math.hypot(*(_norm(a - b) for a, b in pairs))
-    return difference / max(math.hypot(*(_norm(b) for _, b in pairs)), torch.finfo(torch.float64).tiny)
-
-
-def _norm(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t, dtype=torch.float64))
 
 
 def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
