@@ -152,7 +152,7 @@ class BNP(Conditioner):
             weight.addr_(bias, mean, alpha=-1)
             if squares is not None:
                 size = _size(*theta, mean, metric.reciprocal(), own)
-                squares.append(Squares(size[None], _slope(weight, bias, metric, own)[None], own))
+                squares.append(Squares(size[None], _slope(weight.square(), bias, metric, own)[None], own))
             weight.mul_(metric)
             bias.addmv_(weight, mean, beta=1 / own**2, alpha=-1)
             state["age"], state["q"], state["_metric"] = 1, own, (self.eps_rel, self.eps, own, metric)
@@ -311,7 +311,7 @@ class WithBias(_Whitening):
         if matrix is None:
             return Squares(size, square_of(self.factor_transpose(gradient)), self.q)
         bias = gradient.bias.view(-1)
-        slope = _slope(torch.addr(matrix, bias, mean, alpha=-1), bias, metric, self.q)
+        slope = _slope(torch.addr(matrix, bias, mean, alpha=-1).square_(), bias, metric, self.q)
         return Squares(size, slope[None], self.q)
 
     def apply(self, rows: Rows) -> Rows:
@@ -384,6 +384,6 @@ def _size(weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, q: float)
     return torch.addmv(bias, weight, mean).square_().addmv_(weight.square(), inverse, beta=q**2)
 
 
-def _slope(centered: Tensor, bias: Tensor, metric: Tensor, q: float) -> Tensor:
-    """|P^T g|^2 of rows [bias, weight], (out,), given the weights' g - g_b mu."""
-    return torch.mv(centered.square(), metric).addcmul_(bias, bias, value=1 / q**2)
+def _slope(squares: Tensor, bias: Tensor, metric: Tensor, q: float) -> Tensor:
+    """|P^T g|^2 of rows [bias, weight], (out,), given the weights' (g - g_b mu)^2."""
+    return torch.mv(squares, metric).addcmul_(bias, bias, value=1 / q**2)
