@@ -51,6 +51,7 @@ from tqdm import tqdm
 import gradcond
 
 LOSS = nn.CrossEntropyLoss()
+KEPT = 2048  # bytes: smaller ones are Python's own objects
 Errors = Callable[[Run], dict[str, float]]  # a run -> its errors by name, the first one decides
 
 
@@ -166,17 +167,20 @@ def _prepared(prepare: Callable[[], Run]) -> Run:
 def peak(prepare: Callable[[], Run], repeat: int) -> int:
     """The most memory alive at once in preparing a run and running it."""
 
-    def action() -> None:
+    def action() -> Run:
         run = prepare()
         for _ in range(repeat):
             run(0)
+        return run
 
     tracemalloc.start()
-    action()
-    of_numpy = tracemalloc.get_traced_memory()[1]
+    run = action()
+    most = tracemalloc.get_traced_memory()[1]
+    sizes = [trace.size for trace in tracemalloc.take_snapshot().traces]
     tracemalloc.stop()
-    # Python's own objects are some hundred kB: arrays of NumPy are told by their size
-    return peak_bytes(action) + (of_numpy if of_numpy > 2**20 else 0)
+    del run
+    # Python's own objects are some hundred kB, each of them small: arrays, and bytes that are kept, are larger
+    return peak_bytes(action) + (most if most > 2**20 else sum(size for size in sizes if size > KEPT))
 
 
 def _compare(rows: dict[str, dict[str, Any]], times: dict[str, np.ndarray]) -> None:

@@ -91,6 +91,17 @@ def test_peak_counts_arrays_of_numpy_too():
     assert 12 * 2**20 <= peak(prepare, 1) < 13 * 2**20
 
 
+def test_peak_counts_bytes_that_are_kept_however_few():
+    from curvature_contestants import Outcome
+    from curvature_cost import peak
+
+    def prepare():
+        kept = bytearray(2**16)
+        return lambda seed: Outcome(torch.ones(2**16 + len(kept) // 2**16 - 1), 1)
+
+    assert 5 * 2**16 <= peak(prepare, 1) < 6 * 2**16
+
+
 def test_growth_is_fitted_by_a_power_law(capsys):
     import curvature_growth
     import curvature_scale
