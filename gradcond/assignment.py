@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import is_
@@ -11,8 +12,12 @@ from torch import nn
 
 from gradcond.conditioner import RowMap
 from gradcond.layers import Layer, Rows
+from gradcond.shards import local
 
-__all__ = ["Assignment", "Parameters", "held_parameters", "trained"]
+__all__ = ["Assignment", "Conditioned", "Parameters", "held_parameters", "trained"]
+
+
+_NEVER: tuple[Any, int, int] = (lambda: None), 0, 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,22 @@ class Assignment:
         if self.matrix and row_map.on_matrix:
             return Rows(weight, bias)
         return self.layer.rows(weight, bias)
+
+
+class Conditioned:
+    """Which layers' gradients have been replaced, and in which version: each is replaced once."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[Any, int, int]] = {}  # its weak reference, its version and its local part's
+
+    def note(self, name: str, grad: Any) -> None:
+        """Takes down a layer's gradient as it is now."""
+        self._last[name] = weakref.ref(grad), grad._version, local(grad)._version
+
+    def holds(self, name: str, grad: Any) -> bool:
+        """Is it this gradient, unchanged since?"""
+        last, *versions = self._last.get(name, _NEVER)
+        return last() is grad and versions == [grad._version, local(grad)._version]
 
 
 class Parameters:

@@ -241,7 +241,7 @@ class Conditioner(ABC):
 
         Only of a conditioner whose map `scales_rows`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} scales no rows; define scale_all()")
 
     def update_rate(
         self, state: dict[str, Any], chain: RowMap | None, theta: Rows, gradient: Rows, rate: float | Tensor

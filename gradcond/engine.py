@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcond.assignment import Assignment, Parameters, trained
+from gradcond.assignment import Assignment, Conditioned, Parameters, trained
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
@@ -38,9 +38,6 @@ _KEPT = (
     "network",
     "warned",
 )  # by copies; the rest is found again
-
-
-_NEVER = (lambda: None), 0, 0
 
 
 class Engine:
@@ -89,7 +86,7 @@ class Engine:
         self.fixed_maps: dict[str, RowMap | None] = {}
         self.settings: list[dict[str, Any]] = []  # that they belong to
         self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
-        self.conditioned: dict[str, tuple[weakref.ref[Tensor], int, int]] = {}
+        self.conditioned = Conditioned()
         self.assigned: list[Assignment] = []
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
@@ -201,8 +198,7 @@ class Engine:
             self._update([a for a in ready if a.layer.name not in self.frozen], moments)
             self._apply_(ready)
         for assignment in ready:  # several layers may share a gradient
-            grad: Tensor = assignment.weights[0].grad  # type: ignore[assignment]
-            self.conditioned[assignment.layer.name] = weakref.ref(grad), grad._version, local(grad)._version
+            self.conditioned.note(assignment.layer.name, assignment.weights[0].grad)
 
     def _at_one_go(self) -> bool:
         """An ordinary step of layers that are all alike."""
@@ -330,10 +326,7 @@ class Engine:
             grad = weight.grad
             if grad is None or grad.is_sparse:
                 return False
-        grad = assignment.weights[0].grad
-        assert grad is not None
-        last, *versions = self.conditioned.get(assignment.layer.name, _NEVER)
-        return last() is not grad or versions != [grad._version, local(grad)._version]
+        return not self.conditioned.holds(assignment.layer.name, assignment.weights[0].grad)
 
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import cmath
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 flattened = torch._C._nn.flatten_dense_tensors  # one call, in place of one each and torch.cat
 
-__all__ = ["total_of"]
+__all__ = ["passes", "total_of"]
 
 _SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 
@@ -29,3 +30,9 @@ def total_of(tensors: Iterable[Tensor], *, on_cpu: bool = False) -> complex:
         parts = [flattened(parts)] if parts else []
     total: complex = sum(t.sum().item() for t in parts)
     return total
+
+
+def passes(tensors: Sequence[Tensor], check: bool | None) -> bool:
+    """Is their sum finite, or not to be looked at? `check` None looks on the CPU, where nobody waits for it."""
+    on_cpu = all(t.is_cpu for t in tensors)
+    return not (on_cpu if check is None else check) or cmath.isfinite(total_of(tensors, on_cpu=on_cpu))

@@ -7,16 +7,13 @@ and the engine takes the step.
 
 from __future__ import annotations
 
-import cmath
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
-from gradcond.assignment import Assignment
+from gradcond.assignment import Assignment, Conditioned
 from gradcond.conditioner import RowMap
-from gradcond.finite import total_of
+from gradcond.finite import passes
 from gradcond.layers import Rows
 
 __all__ = ["Screening"]
@@ -35,7 +32,7 @@ class Screening:
         self.layers = [(a, a.layer.name, a.weights[0]) for a in assignments]
         self.others = [bias for a in assignments for bias in a.biases]
 
-    def step_(self, maps: Mapping[str, RowMap | None], conditioned: dict[str, Any], check: bool | None) -> bool:
+    def step_(self, maps: Mapping[str, RowMap | None], conditioned: Conditioned, check: bool | None) -> bool:
         """Replaces the gradients; says whether it did, and has touched nothing if not.
 
         Args:
@@ -46,10 +43,7 @@ class Screening:
         work: list[tuple[str, Tensor, RowMap, Rows, Tensor]] = []
         for assignment, name, weight in self.layers:
             grad, row_map = weight.grad, maps.get(name)
-            if grad is None or row_map is None or grad.is_sparse:
-                return False
-            last, version, _ = conditioned[name]
-            if version == grad._version and last() is grad:
+            if grad is None or row_map is None or grad.is_sparse or conditioned.holds(name, grad):
                 return False
             rows = assignment.rows_of_gradient(row_map)
             if (found := row_map.screen(rows)) is None:
@@ -57,10 +51,9 @@ class Screening:
                 return False
             work.append((name, grad, row_map, rows, found))
         looked_at = [found for *_, found in work] + [bias.grad for bias in self.others if bias.grad is not None]
-        on_cpu = all(t.is_cpu for t in looked_at)
-        if (on_cpu if check is None else check) and not cmath.isfinite(total_of(looked_at, on_cpu=on_cpu)):
+        if not passes(looked_at, check):
             return False
         for name, grad, row_map, rows, found in work:
             row_map.apply_(rows, found)
-            conditioned[name] = weakref.ref(grad), grad._version, grad._version
+            conditioned.note(name, grad)
         return True

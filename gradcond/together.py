@@ -8,17 +8,15 @@ same operations; whenever anything is out of the ordinary nothing is touched, an
 
 from __future__ import annotations
 
-import cmath
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from gradcond.assignment import Assignment
+from gradcond.assignment import Assignment, Conditioned
 from gradcond.capture import InputCapture
 from gradcond.conditioner import Conditioner, Squares
-from gradcond.finite import total_of
+from gradcond.finite import passes
 
 __all__ = ["Together"]
 
@@ -50,7 +48,7 @@ class Together:
         chain: Sequence[Conditioner],
         states: Sequence[Mapping[str, dict[str, Any]]],
         scratch: Sequence[dict[str, Any]],
-        conditioned: dict[str, Any],
+        conditioned: Conditioned,
         check: bool | None,
         rate: Any,
     ) -> bool:
@@ -76,8 +74,7 @@ class Together:
             own.append(state)
             moments.append(seen)
         looked_at = [g for pair in gradients for g in pair] + [m.variance for m in moments]
-        on_cpu = all(t.is_cpu for t in looked_at)
-        if (on_cpu if check is None else check) and not cmath.isfinite(total_of(looked_at, on_cpu=on_cpu)):
+        if not passes(looked_at, check):
             return False
         squares: list[Squares] | None = [] if len(chain) > 1 else None
         parameters = [pair for _, pair, _ in self.rows]
@@ -91,7 +88,7 @@ class Together:
                 h.mul_(factor[0])
         for (name, _, capture), (g, _) in zip(self.rows, gradients, strict=True):
             capture.collected = None
-            conditioned[name] = weakref.ref(g), g._version, g._version
+            conditioned.note(name, g)
         return True
 
 

@@ -575,14 +575,18 @@ class DrawsInSecond(torch.autograd.Function):
         return g * (random.random() + np.random.randn() + torch.rand(()))
 
 
-def test_a_kept_graph_that_draws_repeats_itself():
+def hessian_that_draws():
     class Draw(nn.Module):
         def forward(self, x):
             return DrawsInBackward.apply(x)
 
     _, x, y = problem()
     model = nn.Sequential(nn.Linear(4, 4), Draw(), nn.Tanh(), nn.Linear(4, 3))
-    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    return Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+
+
+def test_a_kept_graph_that_draws_repeats_itself():
+    H = hessian_that_draws()
     v = torch.ones(H.shape[0])
     np.random.randn()  # leaves a second number waiting
     before = random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
@@ -598,13 +602,7 @@ def noisy(output, target):
 
 
 def test_a_block_that_draws_nothing_says_nothing_of_the_others():
-    class Draw(nn.Module):
-        def forward(self, x):
-            return DrawsInBackward.apply(x)
-
-    _, x, y = problem()
-    model = nn.Sequential(nn.Linear(4, 4), Draw(), nn.Tanh(), nn.Linear(4, 3))
-    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    H = hessian_that_draws()
     v, last = torch.ones(H.shape[0], 1), ([3], torch.ones(3, 1))  # the last bias
     H @ v
     for _ in range(2):

@@ -7,7 +7,16 @@ import pytest
 import torch
 from cases import wrapped
 from torch import nn
-from ways import WAYS, assert_same, batch, frozen_now_and_then, network, ordinary, the_first_layer_last_of_all
+from ways import (
+    WAYS,
+    assert_same,
+    batch,
+    frozen_now_and_then,
+    network,
+    ordinary,
+    said_by,
+    the_first_layer_last_of_all,
+)
 
 from gradcond import BNP, GradientCentralization, MeanShiftRejection, WeightCentralization, wrap
 from gradcond.screening import Screening
@@ -16,14 +25,7 @@ from gradcond.screening import Screening
 @pytest.fixture
 def taken(monkeypatch):
     """What the screened steps have said."""
-    said, step_ = [], Screening.step_
-
-    def told(self, *args):
-        said.append(step_(self, *args))
-        return said[-1]
-
-    monkeypatch.setattr(Screening, "step_", told)
-    return said
+    return said_by(Screening, monkeypatch)
 
 
 def convolutional(bias=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import wrapped
 from torch import nn
-from ways import WAYS, assert_same, batch, by_closure, frozen_now_and_then, network, ordinary
+from ways import WAYS, assert_same, batch, by_closure, frozen_now_and_then, network, ordinary, said_by
 
 from gradcond import BNP, MeanShiftRejection, NormClipping, RateDamping, wrap
 from gradcond.together import Together
@@ -17,14 +17,7 @@ from gradcond.together import Together
 @pytest.fixture
 def taken(monkeypatch):
     """What the steps at one go have said."""
-    said, step_ = [], Together.step_
-
-    def told(self, *args):
-        said.append(step_(self, *args))
-        return said[-1]
-
-    monkeypatch.setattr(Together, "step_", told)
-    return said
+    return said_by(Together, monkeypatch)
 
 
 CHAINS = {

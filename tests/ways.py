@@ -13,6 +13,18 @@ def network(bias=True, dtype=None):
     return nn.Sequential(*layers).to(dtype)
 
 
+def said_by(kind, monkeypatch):
+    """What the calls of its `step_` have returned, from now on."""
+    said, step_ = [], kind.step_
+
+    def told(self, *args):
+        said.append(step_(self, *args))
+        return said[-1]
+
+    monkeypatch.setattr(kind, "step_", told)
+    return said
+
+
 def assert_same(one, other):
     one, other = tree_leaves(one), tree_leaves(other)
     assert len(one) == len(other)
