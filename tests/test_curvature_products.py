@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
 from gradcond.curvature.passes import SWITCHES, Draws
-from gradcond.curvature.products import Probe, Trial, probe
+from gradcond.curvature.products import Trial, probe
 from gradcond.curvature.snapshot import _Copy
 
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
@@ -119,19 +119,6 @@ def test_a_wrong_forward_derivative_is_found(kind, dense, monkeypatch):
     assert H.probe.method == "double_backward" and "differs" in H.probe.reason
     with pytest.raises(ValueError, match=r"forward over reverse differs .*double_backward"):
         kind(model, nn.CrossEntropyLoss(), [(x, y)], method="forward_over_reverse").to_dense()
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 100])
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_columns(kind, together, chunk):
-    model, x, y = problem()
-    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], chunk=chunk)
-    H.probe, H._batching, H._tried = Probe("double_backward", "for the test"), together, 5
-    V = torch.randn(H.shape[0], 5)
-    one_by_one = torch.stack([H @ v for v in V.unbind(1)], 1)
-    torch.testing.assert_close(H @ V, one_by_one, rtol=0, atol=1e-13)
-    assert H.num_matvecs == 10
 
 
 def replace_weight(model, x, y, loss):
@@ -683,13 +670,3 @@ def test_other_samples_are_other_products():
     assert not torch.allclose(M @ v, once)
     M.mc_samples = 1
     torch.testing.assert_close(M @ v, once)
-
-
-@pytest.mark.parametrize("seconds, tried", [(0.01, 3), (1.0, 0)])
-def test_several_columns_are_tried_in_one_pass_where_that_may_save_time(seconds, tried):
-    """A pass with several takes the activations of several."""
-    model, x, y = problem()
-    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)])
-    H.probe = Probe("double_backward", "for the test", {"double_backward": seconds})
-    H @ torch.randn(H.shape[0], 3)
-    assert H._tried == tried

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
-from gradcond.curvature.passes import map_tensors
+from gradcond.curvature.passes import tensors_in
 
 Pass = Callable[[int], AbstractContextManager[Iterator[Any]]]  # seed -> the batches drawn under it
 
@@ -81,14 +81,7 @@ def _contents(batches: Pass, seed: int) -> list[list[float]]:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        found.append(t.detach().clone())
-        return t
-
-    map_tensors(tree, keep)
-    return found
+    return [t.detach().clone() for t in tensors_in(tree)]
 
 
 def _equal(a: list[Tensor], b: list[Tensor]) -> bool:

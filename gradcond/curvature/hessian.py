@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator
 from gradcond.curvature.loss_operator import Evaluation, LossOperator
 from gradcond.curvature.passes import map_tensors
 from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent, roots
+
+LIGHT = 5e-3  # seconds of a product that is too short to gain from forward mode
 
 
 class Hessian(LossOperator):
@@ -117,6 +120,8 @@ class GGN(GaussNewtonOperator):
                 [0., 4.]])
     """
 
+    _long = 0.2  # forward mode gains on longer ones, too
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.objective.require_output(type(self).__name__)
@@ -125,8 +130,10 @@ class GGN(GaussNewtonOperator):
         # cut the graph at the outputs: the loss above, the model below
         tops: list[Tensor] = []
         leaves: list[Tensor] = []
+        evaluation.moving = []
 
         def cut(z: Tensor) -> Tensor:
+            evaluation.moving.append(z.requires_grad)
             if not z.requires_grad:
                 return z
             tops.append(z)
@@ -143,3 +150,7 @@ class GGN(GaussNewtonOperator):
             return grad([slopes[i] for i in curved], leaves, [parts[i] for i in curved], batched=batched)
 
         return tops, bend
+
+    def _ways(self, product: Product) -> list[Product]:
+        ways = super()._ways(product)
+        return ways if self._seconds < LIGHT else [*ways, functools.partial(product, forward=True)]

@@ -19,14 +19,14 @@ from gradcond.curvature.objective import Mean, Objective, Share, divisor, requir
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
 from gradcond.curvature.processes import Processes
-from gradcond.curvature.products import METHODS, Parts, Probe, Product, Trial, batching_pays, grad, probe
+from gradcond.curvature.products import METHODS, Parts, Probe, Product, Trial, fastest_together, grad, probe
 from gradcond.curvature.sketch import relative_difference, sketch
 from gradcond.curvature.snapshot import Snapshot
 from gradcond.curvature.vectors import Sum, parts_of, stacked
 
 TOGETHER = 16, 64  # columns of one vectorized backward pass, and where few numbers are multiplied
 TRIAL = 4, 8  # of the one that tells whether such passes are faster
-QUICK, LONG = 2e-3, 0.05  # seconds of a product on the CPU: where several take little memory, and gain no time
+QUICK = 2e-3  # seconds of a product on the CPU: where several take little memory
 Places = Sequence[int] | None  # of parameters among those of an operator, None for all
 
 
@@ -40,6 +40,7 @@ class Evaluation:
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
         self.once = False  # it is evaluated no more than once from now on
         self.frees = False  # and its graph is for a single product
+        self.moving: list[bool] = []  # which tensors of the output depend on the parameters
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self.start = 0  # and its place among the numbers drawn for all data
         self._draws: Draws | None = None
@@ -85,6 +86,7 @@ class LossOperator(Operator):
     ``_forward_over_reverse``; both set the share of the batch.
     """
 
+    _long = 0.05  # seconds of a product on the CPU: several in one pass gain no time
     _forward_costs = 1.0  # what the latter takes at least, in times of what building the graph of the former takes
 
     def __init__(
@@ -124,7 +126,8 @@ class LossOperator(Operator):
             raise ValueError(f"expected real floating-point parameters, got {dtype}")
         super().__init__(sum(p.numel() for p in self.parameters), dtype, self.parameters[0].device)
         self.probe: Probe | None = None  # how products are computed, and why, after the first one
-        self._batching, self._tried = False, 0  # whether several columns go in one pass; with how many it was tried
+        self._way: int | None = None  # in which several columns go in one pass, where they do
+        self._tried = 0  # with how many it was tried
         self._kept: Kept | None = None
         self.made_by: Any = None  # what makes the products in its place, together with those of other blocks
 
@@ -369,19 +372,21 @@ class LossOperator(Operator):
     def _probe(self, evaluation: Evaluation) -> tuple[Probe, Product | None]:
         if self.method == "double_backward":
             return Probe(self.method, "asked for"), None
-        generator, dtype = generator_from(0), working_dtype(self.dtype)
-        # each its own memory: tangents that are views of a vector would be copied
-        drawn = [torch.randn(p.shape, generator=generator, dtype=dtype) for p in evaluation.parameters]
-        parts = [part.to(p) for part, p in zip(drawn, evaluation.parameters, strict=True)]
-        del drawn
         trial = Trial(
             lambda: self._double_backward(evaluation),
             self._forward_over_reverse(evaluation),
-            parts,
+            self._random(evaluation.parameters),
             keeps=num_batches(self.data) == 1,
             costs=self._forward_costs,
         )
         return probe(trial, self.method, self.dtype)
+
+    def _random(self, parameters: Sequence[Tensor], *columns: int) -> list[Tensor]:
+        """A vector for a trial, or several stacked: a wrong derivative does not hide from it."""
+        generator, dtype = generator_from(0), working_dtype(self.dtype)
+        # each its own memory: tangents that are views of a vector would be copied
+        drawn = [torch.randn(*columns, *p.shape, generator=generator, dtype=dtype) for p in parameters]
+        return [part.to(p) for part, p in zip(drawn, parameters, strict=True)]
 
     def _rows(
         self, product: Product, V: Tensor, parameters: Sequence[Tensor], places: Places
@@ -392,21 +397,26 @@ class LossOperator(Operator):
         """
         if places is not None:
             product, parameters = functools.partial(product, places=places), [parameters[i] for i in places]
-        if V.shape[1] > 1 and self.method == "auto" and self._batches(product, V, parameters):
+        together = self._together_by(product, V, parameters) if V.shape[1] > 1 and self.method == "auto" else None
+        if together is not None:
             for columns in V.split(TOGETHER[self._is_quick], 1):
                 rows = columns.shape[1]
-                yield [part.reshape(rows, -1) for part in product(stacked(columns, parameters), True)]
+                yield [part.reshape(rows, -1) for part in together(stacked(columns, parameters), True)]
         else:
             for column in V.unbind(1):
                 yield [part.reshape(1, -1) for part in product(parts_of(column, parameters), False)]
 
-    def _batches(self, product: Product, V: Tensor, parameters: Sequence[Tensor]) -> bool:
-        columns = min(V.shape[1], TRIAL[self._is_quick])
-        if not self._batching and self._tried < columns and self._seconds < LONG:
-            trial = stacked(V[:, :columns], parameters)
-            self._batching = not self._goes_forward and batching_pays(product, trial, self.dtype)
-            self._tried = columns
-        return self._batching
+    def _together_by(self, product: Product, V: Tensor, parameters: Sequence[Tensor]) -> Product | None:
+        """The product that takes the columns of V at a time, None where they go one by one."""
+        ways, columns = self._ways(product), min(V.shape[1], TRIAL[self._is_quick])
+        if ways and self._way is None and self._tried < columns and self._seconds < self._long:
+            trial = self._random(parameters, columns)
+            self._way, self._tried = fastest_together(product, ways, trial, self.dtype), columns
+        return None if self._way is None else ways[self._way]
+
+    def _ways(self, product: Product) -> list[Product]:
+        """Products to try with several columns in one pass."""
+        return [] if self._goes_forward else [product]
 
     @property
     def _is_quick(self) -> bool:

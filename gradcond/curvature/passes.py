@@ -45,6 +45,18 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Those that map_tensors goes through, in its order."""
+    found: list[Tensor] = []
+
+    def take(t: Tensor) -> Tensor:
+        found.append(t)
+        return t
+
+    map_tensors(tree, take)
+    return found
+
+
 def batches(data: Iterable[Any], device: torch.device, pairs: bool) -> Iterator[Any]:
     """The batches of the data, on the device; as pairs (input, target) where asked for."""
 

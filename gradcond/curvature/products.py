@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +22,9 @@ Parts = Sequence[Tensor]  # one tensor a parameter
 # a product of one vector, or of several stacked in front of each part (batched=True); by double backward also with
 # the diagonal block of some of the parameters, when their places are given as a third argument
 Product = Callable[..., Parts]
-# seconds: beside longer products, what the first one costs more is little; a device loads kernels in it
-SHORT, SHORT_ON_DEVICE = 0.05, 1.0
+# seconds: beside longer products, what the first one costs more is little; forward mode loads a third of a second's
+# worth of decompositions in it, a device its kernels
+SHORT, SHORT_ON_DEVICE = 0.5, 1.0
 # near a tie the choice, and with it the rounding, should not depend on the load of the machine
 FASTER = 0.75
 METHODS = ("auto", "double_backward", "forward_over_reverse")
@@ -51,7 +53,7 @@ def grad(
 
 
 @functools.cache
-def _warm_forward_mode() -> None:
+def warm_forward_mode() -> None:
     """The first dual number makes torch load its decompositions, by a function that it deprecates itself."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -61,7 +63,7 @@ def _warm_forward_mode() -> None:
 @contextmanager
 def duals(parameters: Mapping[str, Tensor], tangents: Parts) -> Iterator[dict[str, Tensor]]:
     """The parameters with tangents: whatever is computed from them inside carries its directional derivative."""
-    _warm_forward_mode()
+    warm_forward_mode()
     with forward_ad.dual_level():
         yield {name: forward_ad.make_dual(p, v) for (name, p), v in zip(parameters.items(), tangents, strict=True)}
 
@@ -160,22 +162,39 @@ def probe(trial: Trial, method: str, dtype: torch.dtype) -> tuple[Probe, Product
     return taken("forward_over_reverse" if faster else "double_backward", "the faster one")
 
 
-def batching_pays(product: Product, stacked: Parts, dtype: torch.dtype) -> bool:
-    """Whether several vectors in one vectorized pass are faster than one after the other, and agree."""
-    device, one_by_one, agree = stacked[0].device, 0.0, True
-    try:
-        together, vectorized = _timed(lambda: product(stacked, True), device)
-        if vectorized < _short(device):
-            del together
-            together, again = _timed(lambda: product(stacked, True), device)
-            vectorized = min(vectorized, again)
-    except (RuntimeError, NotImplementedError):  # no batching rule, or a Python function without one
-        return False
+def fastest_together(product: Product, ways: Sequence[Product], stacked: Parts, dtype: torch.dtype) -> int | None:
+    """Which way takes several vectors in one vectorized pass; None where one after the other is about as fast.
+
+    What the product makes of each is what the ways have to agree with.
+    """
+    columns, one_by_one, fastest = [], 0.0, None
     for i in range(len(stacked[0])):
-        column, seconds = _timed(functools.partial(product, [part[i] for part in stacked], False), device)
+        column, seconds = _timed(functools.partial(product, [p[i] for p in stacked], False), stacked[0].device)
+        columns.append(sketch(column))
         one_by_one += seconds
-        agree &= relative_difference([part[i] for part in together], column) <= _agreement(dtype)
-    return vectorized < FASTER * one_by_one and agree
+        del column
+    least = FASTER * one_by_one
+    for place, way in enumerate(ways):
+        seconds = _seconds_together(way, stacked, columns, dtype)
+        if seconds < least:
+            least, fastest = seconds, place
+    return fastest
+
+
+def _seconds_together(way: Product, stacked: Parts, columns: Parts, dtype: torch.dtype) -> float:
+    """What one pass takes, infinity where there is none or its columns, as sketches, are others."""
+    device = stacked[0].device
+    try:
+        together, seconds = _timed(lambda: way(stacked, True), device)
+        if seconds < _short(device):
+            del together
+            together, again = _timed(lambda: way(stacked, True), device)
+            seconds = min(seconds, again)
+    except Exception:  # no batching rule, or whatever a model makes of tensors that are many at once
+        return math.inf
+    found = (sketch([part[i] for part in together]) for i in range(len(columns)))
+    agree = (relative_difference([a], [b]) <= _agreement(dtype) for a, b in zip(found, columns, strict=True))
+    return seconds if all(agree) else math.inf
 
 
 def _short(device: torch.device) -> float:
