@@ -176,6 +176,21 @@ def test_the_scale_command_refuses(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+def test_the_scale_command_tells_of_files_of_another_kind(tmp_path, capsys):
+    import curvature_scale
+
+    text, images = tmp_path / "text", tmp_path / "i.npz"
+    text.write_text("no archive")
+    np.savez(images, x_train=np.zeros((5, 28, 28)), y_train=np.zeros(5))
+    for given, words in (
+        (["--images", text], "expected an .npz file with x_train, y_train"),
+        (["--images", images], "expected images of 32 x 32 x 3, got (2, 28, 28)"),
+        (["--images", images, "--checkpoint", text], "truncated, corrupt or of another format"),
+    ):
+        assert curvature_scale.main(["--network", "resnet18", "--samples", "2", *map(str, given)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_texts_and_images_are_batched(tmp_path):
     from command import InputError
     from curvature_data import Images, Text
