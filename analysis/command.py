@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 
 class InputError(ValueError):
@@ -89,6 +91,28 @@ def read_json(path: Path, version: int) -> dict[str, Any]:
     if not isinstance(report, dict) or report.get("format") != version:
         raise InputError(f'{path} must have "format": {version}; measure again with this version')
     return report
+
+
+def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Return the arrays of these names from an .npz file.
+
+    Raises:
+        InputError: if it cannot be read, or lacks one of them.
+    """
+    try:
+        with np.load(path) as file:
+            return [file[name] for name in names]
+    except Exception as error:  # other bytes fail anywhere: ValueError, EOFError, BadZipFile, ...
+        raise InputError(f"expected an .npz file with {', '.join(names)} at {path}: {error}") from error
+
+
+def device(text: str) -> torch.device:
+    """Read a device that is here from a command line."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device that is here, got {text!r}: {reason}") from error
 
 
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:

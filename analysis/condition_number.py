@@ -175,7 +175,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.redraw:
             report = analyse(args)
             write_json(path, {"format": FORMAT, "versions": versions(), **report})
-            forget(args.out, "condition")
         report = read_json(path, FORMAT)  # as a redrawing will see it
     except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
         print(f"error: {error}", file=sys.stderr)
@@ -186,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(report)
     draw(report, args.out / "condition.png")
     print(f"wrote {args.out}/condition.{'png' if args.redraw else '{json,png}'}")
+    if not args.redraw:
+        forget(args.out, "condition")
     return 0
 
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from command import InputError
+from command import InputError, read_npz
 from torch import Tensor
 
 
@@ -19,8 +18,9 @@ class Images:
     """Batches of CIFAR images, made floating-point one at a time."""
 
     def __init__(self, path: Path, samples: int, batch: int) -> None:
-        with np.load(path) as file:
-            x, y = file["x_train"][:samples], file["y_train"][:samples]
+        x, y = (array[:samples] for array in read_npz(path, ("x_train", "y_train")))
+        if x.shape[1:] != (32, 32, 3):
+            raise InputError(f"--images: expected images of 32 x 32 x 3, got {x.shape} in {path}")
         self.x, self.y, self.batch = torch.from_numpy(x), torch.from_numpy(y).flatten().long(), batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoints import load_checkpoint
 from command import InputError, replacing, require_folder, write_json
 from curvature_data import Images, Text, rise
 from curvature_growth import growth
@@ -71,7 +72,7 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = resnet18(nn.BatchNorm2d, False) if args.network == "resnet18" else large_gpt()
     if args.checkpoint is not None:
-        model.load_state_dict(torch.load(args.checkpoint, weights_only=True)["model"])
+        load_checkpoint(args.checkpoint).load_into(model)
     return model, dataset(args, args.batch, args.samples)
 
 

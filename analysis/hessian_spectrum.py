@@ -168,7 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     if not args.redraw:
         write(args.out, report, arrays)
-        forget(args.out, "spectrum")
         report, arrays = read(args.out)  # as a redrawing will see them
         print_table(report)
     draw(report, arrays, args.out / "spectrum.png")
@@ -176,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(report["checkpoints"]) > 1:
         draw_trajectory(report, args.out / "trajectory.png")
         print(f"wrote {args.out}/trajectory.png")
+    if not args.redraw:
+        forget(args.out, "spectrum")
     return 0
 
 

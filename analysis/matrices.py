@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from checkpoints import Checkpoint
-from command import InputError
+from command import InputError, device
 from problems import Problem
 from torch import nn
 
@@ -37,7 +37,7 @@ def add_options(add: Callable[..., Any]) -> None:
     )
     add("--mode", choices=("eval", "train"), default="eval", help="the mode of the modules, such as BatchNorm")
     add("--dtype", choices=DTYPES, default="as-is", help="of model and data; as-is: as build_model() makes it")
-    add("--device", type=_device, default="cpu", help="where to compute, such as cuda")
+    add("--device", type=device, default="cpu", help="where to compute, such as cuda")
     add("--kappa-matvecs", type=positive, default=200, metavar="M", help="most products for kappa")
     add("--exact-below", type=int, default=4000, metavar="N", help="no estimates up to N parameters")
     add("--seed", type=int, default=0, help="of probes, start vectors and shuffled data")
@@ -61,14 +61,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def _device(text: str) -> torch.device:
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch built without CUDA
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"expected a device that is here, got {text!r}: {reason}") from error
 
 
 def model_at(problem: Problem, checkpoint: Checkpoint, args: argparse.Namespace) -> tuple[nn.Module, list[str]]:

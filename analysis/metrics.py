@@ -46,14 +46,17 @@ def _read_rows(folder: Path) -> dict[str, np.ndarray]:
         raise InputError(f"expected a folder with metrics.csv, but there is no folder {folder}; check the name")
     if not path.is_file():
         raise InputError(f"{folder} holds no metrics.csv; expected one with the columns {','.join(COLUMNS)}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise InputError(
-                f"{path} lacks the column {', '.join(missing)}; its first line must name {','.join(COLUMNS)}"
-            )
-        rows = [{name: _number(row, name, path, reader.line_num) for name in COLUMNS} for row in reader]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not text in UTF-8 ({error.reason}); save it again as such") from error
+    reader = csv.DictReader(text.splitlines())
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise InputError(
+            f"{path} lacks the column {', '.join(missing)}; its first line must name {','.join(COLUMNS)}"
+        )
+    rows = [{name: _number(row, name, path, reader.line_num) for name in COLUMNS} for row in reader]
     if not rows:
         raise InputError(f"{path} has a header and no rows; expected one row per evaluation")
     return {name: np.array([row[name] for row in rows]) for name in COLUMNS}

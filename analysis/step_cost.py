@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import step_timing
 import torch
-from command import InputError, replacing, require_folder, write_json
+from command import InputError, device, replacing, require_folder, write_json
 from step_floor import ByHand
 from step_models import CASES, Case, perceptron, transformer
 from step_timing import Step, compare, interleaved, keep_freed_memory, spread
@@ -294,7 +294,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=5, help="rounds before them (default: 5)")
     parser.add_argument("--attention", choices=("linear", "mha"), default="linear", help="of the transformer")
     parser.add_argument("--no-bias", action="store_true", help="no biases in the layers before normalization")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
     parser.add_argument("--out", type=Path, help="folder for step_cost.json and step_cost.md")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.warm_up < 0:

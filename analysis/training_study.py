@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import InputError, require_folder
+from command import InputError, read_npz, require_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -122,7 +122,7 @@ def load_data(task: str, path: Path | None) -> Data:
     """Return a task's images and labels: digits from scikit-learn, others from an .npz of Keras layout.
 
     Raises:
-        InputError: if there is no such file, or it has not the four arrays.
+        InputError: if there is no such file, or it has not the four arrays, or not of this task.
     """
     if task == "digits":
         from sklearn.datasets import load_digits
@@ -133,11 +133,10 @@ def load_data(task: str, path: Path | None) -> Data:
         return images[:1437], labels[:1437], images[1437:], labels[1437:]
     if path is None or not path.is_file():
         raise InputError(f"--task {task} needs --data FILE.npz, the data set in Keras layout; got {path}")
-    with np.load(path) as file:
-        names = ("x_train", "y_train", "x_test", "y_test")
-        if not set(names) <= set(file):
-            raise InputError(f"expected the arrays {', '.join(names)} in {path}, got {', '.join(file)}")
-        x, y, x_test, y_test = (torch.from_numpy(file[name]) for name in names)
+    arrays = read_npz(path, ("x_train", "y_train", "x_test", "y_test"))
+    x, y, x_test, y_test = map(torch.from_numpy, arrays)
+    if task == "cifar10" and x.shape[1:] != (32, 32, 3):
+        raise InputError(f"--task cifar10: expected images of 32 x 32 x 3, got {tuple(x.shape)} in {path}")
     x, x_test = x.float() / 255, x_test.float() / 255
     if x.dim() == 4:
         std, mean = torch.std_mean(x, (0, 1, 2))

@@ -86,6 +86,8 @@ class InputCapture(_Hook):
         weight = self.weight
         if not weight.requires_grad:
             return
+        if _is_traced():
+            return
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
             return  # function transforms leave no gradient
@@ -194,6 +196,12 @@ class _Call:
             assert self.seen.moments is not None
             return self.seen.moments
         return self.seen
+
+
+def _is_traced() -> bool:
+    """Is the pass one of torch.export or torch.jit.trace? What they write down is the model alone."""
+    # not is_exporting(), which older versions of dynamo take for true in every compiled pass
+    return torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _hook(output: Tensor, call: _Call) -> None:

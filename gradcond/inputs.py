@@ -51,14 +51,22 @@ class Observer:
         else:
             with torch.no_grad():
                 x = layer.observe(layer.module, args, kwargs, output)
-        if not isinstance(x, Tensor):  # None, or moments
+        if x is None or isinstance(x, Moments):
             return x
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected observe of layer {layer.name!r} to return a tensor, got {type(x).__name__}")
         has_positions = layer.taps > 0 and isinstance(output, Tensor)
         if x.numel() == 0 or (has_positions and output.numel() == 0):
             return None
         axis = layer.channel_axis(x)
         if layer.one_hot:
             return Moments(x.numel(), x.shape[0] if x.dim() else 1, x.numel(), *_frequencies(layer, x))
+        if x.shape[axis] != layer.inputs:
+            raise ValueError(
+                f"expected the input of layer {layer.name!r} ({type(layer.module).__name__}) to have "
+                f"{layer.inputs} numbers along axis {axis}, got shape {tuple(x.shape)}; let its adapter say "
+                "observe= or transposed="
+            )
         count = x.numel() // x.shape[axis]
         rows = output.numel() // (layer.units * layer.groups) if has_positions else count
         samples = x.shape[0] if axis > 0 else 1

@@ -32,6 +32,11 @@ class Rows(NamedTuple):
 
 def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """What most layers are applied to: their call's first argument."""
+    if not args and "input" not in kwargs:
+        raise TypeError(
+            f"expected {type(module).__name__} to be called with its input first, or as input=, got "
+            f"{list(kwargs)}; register an adapter whose Layer says observe="
+        )
     x: Tensor = args[0] if args else kwargs["input"]
     return x
 
@@ -105,7 +110,13 @@ class Layer:
         self.transposed = isinstance(module, _TRANSPOSED) if transposed is None else transposed
         own: Any = module.groups if self.convolution else 1
         self.groups: int = own if groups is None else groups
-        first, second, *kernel = self._attribute(self.weight_names[0]).shape
+        shape = getattr(self._attribute(self.weight_names[0]), "shape", None)
+        if shape is None or len(shape) < 2:
+            raise ValueError(
+                f"expected {type(module).__name__}.{self.weight_names[0]} to be a weight of two axes or more, got "
+                f"{'none' if shape is None else f'shape {tuple(shape)}'}; name the parameter by weight="
+            )
+        first, second, *kernel = shape
         if span is not None:
             first = span[1] - span[0]
         if len(self.weight_names) > 1:
@@ -208,7 +219,8 @@ def register_layer(kind: type[nn.Module] | str, adapter: Adapter) -> None:
             those of no module inside it; or a text, why it has none. It is called when an optimizer is wrapped.
 
     Raises:
-        TypeError: when kind is no module class.
+        TypeError: when kind is no module class or adapter no function; as an optimizer is wrapped, for an adapter
+            that returns something else.
 
     Example:
         A graph convolution is linear in what has been aggregated, which is not what its Linear is called with:
@@ -230,6 +242,8 @@ def register_layer(kind: type[nn.Module] | str, adapter: Adapter) -> None:
     """
     if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise TypeError(f"expected a subclass of torch.nn.Module or its full name, got {kind!r}")
+    if not callable(adapter):
+        raise TypeError(f"expected a function that takes a module and returns its Layer, got {adapter!r:.60}")
     _adapters[kind] = adapter
 
 
@@ -248,9 +262,14 @@ def layers_of(module: nn.Module) -> list[Layer] | str:
     if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
         return "its weight has no shape yet (lazy module)"
     found = adapter(module)
+    if isinstance(found, str):
+        return found
     layers = [found] if isinstance(found, Layer) else found
-    if isinstance(layers, str):
-        return layers
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, Layer) for layer in layers):
+        raise TypeError(
+            f"expected the adapter of {type(module).__name__} to return a Layer, a list of them, or a text that "
+            f"says why it has none, got {found!r:.60}"
+        )
     for layer in layers:
         if any(leaf not in owner._parameters for owner, leaf in layer.places.values()):
             return "its weight is computed (parametrized), not a parameter"

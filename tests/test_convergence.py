@@ -130,6 +130,7 @@ BAD_RUNS = {
     ),
     "short row": ([HEADER, "0,0,1"], ["line 2", "train_accuracy", "''"]),
     "no step": ([HEADER, "0,nan,1,0.5,"], ["line 2", "step must be finite", "'nan'"]),
+    "another encoding": ([HEADER, "0,0,1,0.5,\xe9"], ["not text in UTF-8", "save it again"]),
     "percent": ([HEADER, "0,0,1,93.5,"], ["fraction in 0..1", "got 93.5", "divide percentages by 100"]),
 }
 
@@ -140,7 +141,7 @@ def test_a_bad_run_is_told_in_one_line_and_nothing_is_written(run, tmp_path, cap
     if lines is not None:
         bad.mkdir()
     if lines:
-        (bad / "metrics.csv").write_text("\n".join(lines))
+        (bad / "metrics.csv").write_text("\n".join(lines), encoding="latin-1")
     assert main([str(run), str(bad), "--out", str(out)]) == 2
     stdout, stderr = capsys.readouterr()
     assert stdout == "" and stderr.startswith("error: ") and stderr.count("\n") == 1 and str(bad) in stderr

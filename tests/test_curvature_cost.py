@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -154,6 +155,8 @@ def test_a_killed_run_goes_on_from_the_products_it_has_made(tmp_path, monkeypatc
 
     monkeypatch.setattr(curvature_scale, "large_gpt", lambda: Padded(256, 4).float())
     monkeypatch.setattr(curvature.Hessian, "_columns", counted)
+    # else it is taken as the faster one, and the two runs may differ in rounding
+    monkeypatch.setattr(curvature, "Hessian", partial(curvature.Hessian, method="double_backward"))
 
     def run(out):
         made.clear()
@@ -188,6 +191,21 @@ def test_the_scale_command_refuses(arguments, capsys):
     with pytest.raises(SystemExit):
         curvature_scale.main(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_scale_command_tells_of_files_of_another_kind(tmp_path, capsys):
+    import curvature_scale
+
+    text, images = tmp_path / "text", tmp_path / "i.npz"
+    text.write_text("no archive")
+    np.savez(images, x_train=np.zeros((5, 28, 28)), y_train=np.zeros(5))
+    for given, words in (
+        (["--images", text], "expected an .npz file with x_train, y_train"),
+        (["--images", images], "expected images of 32 x 32 x 3, got (2, 28, 28)"),
+        (["--images", images, "--checkpoint", text], "truncated, corrupt or of another format"),
+    ):
+        assert curvature_scale.main(["--network", "resnet18", "--samples", "2", *map(str, given)]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_texts_and_images_are_batched(tmp_path):

@@ -139,6 +139,12 @@ def test_refused(name):
         Hessian(tokens(), loss_fn, [(X, Y)]).loss()
 
 
+@pytest.mark.parametrize("loss", [nn.MSELoss, None, ModelLoss(nn.MSELoss)], ids=["class", "none", "class inside"])
+def test_a_loss_that_is_no_function_is_told_at_once(loss):
+    with pytest.raises(TypeError, match=r"expected a loss, .* make an object, such as CrossEntropyLoss\(\)"):
+        Hessian(nn.Linear(2, 1), loss, [(torch.ones(1, 2), torch.ones(1, 1))])
+
+
 def test_the_type_also_decorates_and_calls():
     @ModelLoss
     def loss(model, batch):

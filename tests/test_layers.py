@@ -218,6 +218,62 @@ def test_an_adapter_may_claim_parts_of_other_modules_which_are_then_no_layers(re
     assert list(optimizer.report().conditioned) == ["both"]
 
 
+class Transposed(nn.Module):
+    """A linear layer whose weight is (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.ones(4, 3))
+        self.offset = nn.Parameter(torch.zeros(3))
+
+    def forward(self, hidden):
+        return hidden @ self.kernel + self.offset
+
+
+def seen(_, args, kwargs, output):
+    return kwargs["hidden"]
+
+
+ADAPTERS = {
+    "no such weight": (dict(), ValueError, r"Transposed.weight to be a weight of two axes or more, got none"),
+    "no matrix": (dict(weight="offset"), ValueError, r"got shape \(3,\); name the parameter by weight="),
+    "not transposed": (
+        dict(weight="kernel", observe=seen),
+        ValueError,
+        "to have 3 numbers along axis 1, got shape",
+    ),
+    "another input": (
+        dict(weight="kernel", transposed=True, observe=lambda *call: call[-1]),
+        ValueError,
+        "to have 4 numbers along axis 1",
+    ),
+    "no tensor": (
+        dict(weight="kernel", transposed=True, observe=lambda *call: [1.0]),
+        TypeError,
+        "layer '0' to return a tensor, got list",
+    ),
+    "keyword": (dict(weight="kernel", transposed=True), TypeError, r"got \['hidden'\]; register an adapter"),
+}
+
+
+@pytest.mark.parametrize("options, error, words", ADAPTERS.values(), ids=ADAPTERS)
+def test_an_adapter_that_does_not_fit_is_told_what_to_say(registry, options, error, words):
+    register_layer(Transposed, lambda module: Layer("", module, bias="offset", **options))
+    model = nn.ModuleList([Transposed()])
+    with pytest.raises(error, match=words):
+        _optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [BNP()])
+        model[0](hidden=torch.ones(6, 4))
+
+
+@pytest.mark.parametrize("returned", [None, 1, nn.Linear(1, 1), [None]], ids=["none", "number", "module", "list"])
+def test_an_adapter_returns_layers_or_a_text(registry, returned):
+    register_layer(Transposed, lambda module: returned)
+    with pytest.raises(TypeError, match="adapter of Transposed to return a Layer, a list of them, or a text"):
+        find_layers(nn.Sequential(Transposed()))
+    with pytest.raises(TypeError, match="a function that takes a module and returns its Layer, got None"):
+        register_layer(Transposed, None)
+
+
 @pytest.mark.parametrize("kind", [nn.Linear(2, 2), torch.Tensor, int, None, torch.nn.functional.linear], ids=repr)
 def test_only_module_classes_and_names_are_registered(registry, kind):
     before = dict(_adapters)

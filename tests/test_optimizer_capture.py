@@ -182,3 +182,25 @@ def test_function_transforms_of_a_hooked_model_work_and_count_nothing(forward):
     optimizer.step()
     assert_close(state(optimizer, "0")["mean"], x.mean(0))
     assert state(optimizer, "0")["rows"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("way", ["export", "strict export", "trace"])
+def test_a_model_exported_in_training_mode_is_the_bare_model_and_trains_on(way):
+    hooked, bare = network(), network()
+    optimizers = [wrapped(model, [BNP()], lr=0.1) for model in (hooked, bare)]
+    x, y = data()
+
+    def nodes(model):
+        if way == "trace":
+            return [node.kind() for node in torch.jit.trace(model, x).inlined_graph.nodes()]
+        return [str(n.target) for n in torch.export.export(model, (x,), strict=way != "export").graph.nodes]
+
+    for step in range(3):
+        for model, optimizer in zip((hooked, bare), optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        if step == 1:
+            assert nodes(hooked) == nodes(network())
+    assert torch.equal(flat(list(hooked.parameters())), flat(list(bare.parameters())))

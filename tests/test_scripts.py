@@ -4,6 +4,7 @@ import pathlib
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +66,18 @@ def test_the_quickstart_refuses_too_few_steps(tmp_path, capsys, monkeypatch):
     assert stop.value.code == 2
     assert "--steps must be at least 2, got 1" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("content", ["text", "arrays", "images"])
+def test_a_study_tells_of_data_of_another_kind(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.syspath_prepend(str(ROOT / "analysis"))
+    import training_study
+
+    path = tmp_path / "data.npz"
+    path.write_text("no archive")
+    if content != "text":
+        names = ("x_train", "y_train", "x_test", "y_test")[: 2 if content == "arrays" else 4]
+        np.savez(path, **{name: np.zeros((4, 28, 28)) for name in names})
+    assert training_study.main(["--task", "cifar10", "--data", str(path)]) == 2
+    words = "got (4, 28, 28)" if content == "images" else "expected an .npz file with x_train"
+    assert words in capsys.readouterr().err

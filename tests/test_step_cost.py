@@ -111,7 +111,9 @@ def test_the_command_writes_its_tables(tmp_path, capsys):
     assert "| BNP |" in text and "GradientCentralization alone, 4 gradients" in text
 
 
-@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--variants", "nothing"], ["--case", "z"]])
+@pytest.mark.parametrize(
+    "arguments", [["--rounds", "0"], ["--variants", "nothing"], ["--case", "z"], ["--device", "z"]]
+)
 def test_the_command_refuses(arguments, capsys):
     import step_cost
 

@@ -172,6 +172,19 @@ def test_condition_numbers_go_on_and_end_as_if_they_had_not_been_interrupted(
     assert sorted(files(folder, "out")) == ["condition.json", "condition.png"]
 
 
+@pytest.mark.parametrize("run", [main, condition_number.main], ids=["spectrum", "condition"])
+def test_a_run_that_is_stopped_as_it_draws_measures_nothing_again(folder, monkeypatch, run):
+    module, count = sys.modules[run.__module__], stop(monkeypatch, "exact_spectrum", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "draw", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(command(folder))
+    measured = list(count)
+    assert run(command(folder)) == 0
+    assert count == measured
+    assert not (folder / "out" / "unfinished").exists()
+
+
 def test_two_commands_may_share_a_folder(folder, monkeypatch, capsys):
     stop(monkeypatch, "exact_spectrum", 3)
     assert main(command(folder)) == 130

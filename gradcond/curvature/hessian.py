@@ -53,6 +53,7 @@ class Hessian(LossOperator):
             different numbers of batches. Every process must join each product, with the same vector.
 
     Raises:
+        TypeError: a model that is no module, a loss that is no function.
         ValueError: no trainable parameter or no batch; in products also a loss that is not scalar or not
             finite, batches of unknown weight, a vector of wrong shape or dtype, an operation whose forward
             derivative is wrong (only where that method is asked for).

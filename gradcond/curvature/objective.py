@@ -71,6 +71,11 @@ class Objective:
     def __init__(self, loss_fn: Callable[..., Any], weight_fn: Callable[[Any], Any] | None) -> None:
         self.takes_pairs = not isinstance(loss_fn, ModelLoss)
         self.loss = loss_fn if isinstance(loss_fn, ModelLoss) else ModelLoss(loss_fn, _of_input, _second)
+        if isinstance(function := self.loss.loss_fn, type) or not callable(function):
+            raise TypeError(
+                f"expected a loss, loss_fn(output, target) or a ModelLoss, got {function!r:.80}; of a class make "
+                "an object, such as CrossEntropyLoss()"
+            )
         self.weight_fn = weight_fn
         self.torch_loss = torch_loss(self.loss.loss_fn) if self.loss.output else None
 
