@@ -10,6 +10,7 @@ import random
 import resource
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,70 @@ def test_what_a_loss_closes_over_and_names_is_watched():
         factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 1.0
         array[0] = objects[0] = 1.0
         SCALE.fill_(1.0)
+
+
+SETTINGS = types.SimpleNamespace(factor=1.0)
+
+
+class Scaled(nn.Module):
+    """Reads a global, and an object that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = types.SimpleNamespace(factor=1.0)
+
+    def forward(self, x):
+        return SETTINGS.factor * self.own.factor * x
+
+
+def of_object(output, target):
+    return SETTINGS.factor * F.cross_entropy(output, target)
+
+
+def inside(output, target):
+    return sum(SETTINGS.factor * term for term in F.cross_entropy(output, target, reduction="none")) / len(target)
+
+
+def of_module(output, target):
+    return types.factor * F.cross_entropy(output, target)  # a setting of an imported module
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("loss", [of_object, inside, of_module, F.cross_entropy], ids=lambda loss: loss.__name__)
+def test_settings_anywhere_are_watched(loss, depth, monkeypatch):
+    model, x, y = problem()
+    scaled = Scaled()
+    model.append(functools.reduce(lambda inner, _: nn.Sequential(inner), range(depth), scaled))
+    monkeypatch.setattr(types, "factor", 1.0, raising=False)
+    for place in (scaled.own, SETTINGS, types):
+        H = Hessian(model, loss, [(x, y)], method="double_backward")
+        v = torch.ones(H.shape[0])
+        assert torch.equal(H @ v, H @ v)
+        monkeypatch.setattr(place, "factor", 1.5)
+        expected = Hessian(model, loss, [(x, y)], method="double_backward") @ v
+        assert torch.equal(H @ v, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors_are_watched(layout):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("edges", torch.eye(6).to_sparse(layout=layout))
+
+        def forward(self, x):
+            return torch.sparse.mm(self.edges, self.layer(x))
+
+    model, x, y = Graph(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    v = torch.ones(H.shape[0])
+    once, kept = H @ v, H._kept
+    assert torch.equal(H @ v, once) and H._kept is kept
+    model.edges.values().mul_(2) if layout != torch.sparse_coo else model.edges._values().mul_(2)
+    torch.testing.assert_close(H @ v, Hessian(model, nn.CrossEntropyLoss(), [(x, y)]) @ v)
+    assert H._kept is not kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool, torch.complex64])

@@ -33,7 +33,7 @@ class Hessian(LossOperator):
     kernel). The first product times the first batch, and compares the two where forward mode might be faster;
     ``probe`` says which it took, and why. Where there is one batch, the graph of double backward is kept from
     product to product until a parameter, a buffer, a mode, a setting or the batch changes; ``release()`` frees
-    it. What a loss reads from elsewhere than its arguments, closure and globals is not watched.
+    it. What a loss or a model reads from elsewhere than its arguments, closure and globals is not watched.
 
     Args:
         model: any module; torch.compile and data-parallel wrappers are unwrapped.
