@@ -737,6 +737,44 @@ def test_bad_options():
         ModelLoss(lambda model, batch: 0, target=lambda batch: batch)
 
 
+def cut_a_layer(model):
+    model[3] = nn.Linear(4, 2)
+
+
+def remove_a_layer(model):
+    del model[3]
+
+
+def freeze(model):
+    model[0].requires_grad_(False)
+
+
+def shorten(model):
+    model.float()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("change", [cut_a_layer, remove_a_layer, freeze, shorten])
+def test_other_parameters_ask_for_another_operator(change, batches):
+    model, x, y = problem()
+    H = Hessian(model, nn.CrossEntropyLoss(), batches * [(x, y)])
+    H @ torch.ones(H.shape[0])
+    change(model)
+    with pytest.raises(ValueError, match=r"'\d\.weight' is gone, frozen, .*make a new operator"):
+        H @ torch.ones(H.shape[0])
+
+
+def test_an_output_without_tensors_is_told():
+    model, x, y = problem()
+    hidden = ModelLoss(
+        lambda output, target: F.cross_entropy(output.logits, target),
+        output=lambda model, batch: types.SimpleNamespace(logits=model(batch[0])),
+        target=lambda batch: batch[1],
+    )
+    with pytest.raises(ValueError, match=r"got SimpleNamespace; .*output="):
+        GGN(model, hidden, [(x, y)]).to_dense()
+
+
 def test_other_samples_are_other_products():
     model, x, y = problem()
     M = MonteCarloFisher(model, nn.CrossEntropyLoss(), [(x, y)])

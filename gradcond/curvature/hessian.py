@@ -134,6 +134,11 @@ class GGN(GaussNewtonOperator):
             return leaves[-1]
 
         value, evaluation.share = self.objective.of(map_tensors(output, cut), batch)
+        if not leaves:
+            raise ValueError(
+                "expected an output of tensors that depend on the trainable parameters, or lists, tuples and dicts "
+                f"of them, got {type(output).__name__}; say what to take of it: ModelLoss(loss_fn, output=...)"
+            )
         slopes = grad([value], leaves, create_graph=True)
         curved = [i for i, s in enumerate(slopes) if s.requires_grad]
 
