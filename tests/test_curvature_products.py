@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from dense_curvature import assert_same_operator, dense_ggn, dense_hessian, split
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
 from gradcond.curvature.passes import SWITCHES, Draws
@@ -694,6 +694,17 @@ def test_every_generator_of_numpy_is_put_back(generator):
         assert np.array_equal(np.random.randn(700), numbers)
     finally:
         np.random.set_bit_generator(own)
+
+
+def test_the_generator_of_a_sampler_in_batches_is_put_back():
+    model, x, y = problem(8)
+    data, own = TensorDataset(x, y), torch.Generator().manual_seed(3)
+    sampler = BatchSampler(RandomSampler(data, generator=own), 4, drop_last=False)
+    before = own.get_state()
+    for kind in KINDS:
+        H = kind(model, nn.CrossEntropyLoss(), DataLoader(data, batch_sampler=sampler))
+        v = torch.ones(H.shape[0])
+        assert torch.equal(H @ v, H @ v) and torch.equal(own.get_state(), before)
 
 
 def test_switches_stand_as_the_user_left_them():

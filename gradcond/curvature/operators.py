@@ -197,7 +197,7 @@ class Products:
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
             raise ValueError(f"expected a square symmetric operator, got shape {tuple(shape)}")
         if isinstance(A, np.ndarray):
-            A = torch.from_numpy(np.require(A, requirements="CWE"))
+            A = torch.from_numpy(np.require(A, requirements=["C", "W"]))
         elif not hasattr(A, "device"):
             A = _FromSciPy(aslinearoperator(A)) if hasattr(A, "dot") else A
         self.A, self.n, self.progress, self.count = A, int(shape[0]), progress, 0

@@ -202,7 +202,8 @@ def _listed(state: Any) -> Any:
 @contextmanager
 def _seeded(data: Any, seed: int, only_torch: bool) -> Iterator[None]:
     """Every generator a pass may draw from starts at the seed, and is put back afterwards."""
-    owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+    sampler, of_batches = (getattr(data, name, None) for name in ("sampler", "batch_sampler"))
+    owners = (data, sampler, of_batches, getattr(of_batches, "sampler", None))
     generators = {
         id(g): g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)
     }
