@@ -126,3 +126,11 @@ def test_a_shift_of_the_spectrum():
         c = condition_number(matrix(values + shift))
         assert c.kappa == pytest.approx((shift + 1) / (shift - 1), rel=1e-2)
         assert c.lambda_min == pytest.approx(shift - 1, rel=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e30])
+def test_multiple_eigenvalues_at_any_scale(scale):
+    values = torch.cat([torch.full((5,), 7.0), torch.full((20,), 1.0), torch.full((35,), -2.0)])
+    for seed in range(4):
+        c = condition_number(matrix(scale * values, seed))  # gaps of zero overflow nothing: warnings are errors
+        assert c.resolved and c.kappa == pytest.approx(7, rel=1e-2)

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_array
 from scipy.sparse.linalg import aslinearoperator
 from scipy.stats import wasserstein_distance
 from torch import nn
@@ -387,7 +388,10 @@ def test_bad_operators(name):
         (Lopsided(torch.ones(8)), "symmetric"),
         (aslinearoperator(lopsided.numpy()), "symmetric"),
         (torch.full((3, 3), torch.nan), "NaN"),
+        (Diagonal(torch.full((60,), torch.nan)), "NaN"),
+        (Diagonal(torch.tensor([1.0, 2, torch.inf, 4]).repeat(15)), "NaN or infinity"),
         (torch.eye(3).long(), "floating-point"),
+        (csr_array(1j * np.eye(3)), "real floating-point"),
     ]:
         with pytest.raises(ValueError, match=message):
             call(A)
@@ -404,8 +408,10 @@ def test_anything_symmetric_will_do_and_nothing_global_is_drawn(name):
         fields = vars(call(A)).values()
         return [f for f in fields if isinstance(f, torch.Tensor) and f.ndim == 1]
 
-    expected = numbers(A)
-    for same in (A.numpy(), aslinearoperator(A.numpy()), A.clone().requires_grad_()):
+    expected, locked = numbers(A), A.numpy().copy()
+    locked.setflags(write=False)
+    several = (A.numpy(), locked, aslinearoperator(A.numpy()), A.clone().requires_grad_(), A.to_sparse())
+    for same in several:
         torch.testing.assert_close(numbers(same), expected, rtol=1e-6, atol=1e-9, equal_nan=True)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -1,12 +1,14 @@
 """Weighting: any split into batches gives the matrix of the one concatenated loss; unknown weights raise."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from dense_curvature import assert_same_operator, ggn_of, hessian_of, split, trainable
 from torch import nn
 
-from gradcond.curvature import GGN, Hessian, ModelLoss
+from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss
 
 CLASS_WEIGHT = torch.tensor([0.2, 3.0, 1.0], dtype=torch.float64)
 
@@ -93,6 +95,28 @@ def test_any_split_is_the_whole(name, sizes):
     else:
         exact = ggn_of(model(x), lambda z: whole(z, y, mask, weight), trainable(model))
         assert_same_operator(GGN(model, loss_fn, parts), exact)
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has no such loss")
+@pytest.mark.parametrize("options", [{}, {"ignore_index": 1, "label_smoothing": 0.1}], ids=str)
+def test_cross_entropy_with_its_own_last_layer(options):
+    weight = torch.tensor([0.2, 3.0, 1.0, 0.5, 2.0])
+    model, loss_fn = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), nn.LinearCrossEntropyLoss(3, 5, **options)
+    loss_fn.weight = weight if options else None
+    x, y = torch.randn(7, 4), torch.tensor([0, 1, 1, 3, 1, 2, options.get("ignore_index", -100)])
+    exact = hessian_of(lambda: loss_fn(model(x), y), trainable(model))
+    assert_same_operator(Hessian(model, loss_fn, split(x, y, [5, 2])), exact)
+    exact = ggn_of(model(x), lambda z: loss_fn(z, y), trainable(model))
+    assert_same_operator(GGN(model, loss_fn, split(x, y, [5, 2])), exact)
+
+
+def test_a_mean_over_lengths_is_of_unknown_weight():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LogSoftmax(-1))
+    loss_fn = functools.partial(F.ctc_loss, input_lengths=torch.tensor([6, 6]), target_lengths=torch.tensor([3, 1]))
+    x, y = torch.randn(6, 2, 3), torch.tensor([[1, 2, 3], [2, 1, 1]])
+    torch.testing.assert_close(Hessian(model, loss_fn, [(x, y)]).loss(), loss_fn(model(x), y).detach())
+    with pytest.raises(ValueError, match="known terms"):
+        EmpiricalFisher(model, loss_fn, [(x, y)]) @ torch.ones(16)
 
 
 X, Y = torch.randn(4, 4).double(), torch.randint(0, 3, (4, 2))

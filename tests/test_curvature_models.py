@@ -169,6 +169,24 @@ def test_fisher_behind_normalization(name, kind, method):
     assert_same_operator(F_op, J.mT @ J / 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["double_backward", "forward_over_reverse"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("normalize", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_weight_normalization_has_the_derivatives_of_its_formula(normalize, dim, method):
+    model, x, y = mlp(), torch.randn(5, 4), torch.randint(0, 3, (5,))
+    normalize(model[0], dim=dim)
+    names = dict(model.named_parameters())
+    g, v = (next(p for p in names.values() if p.shape == shape) for shape in ([(4, 1), (1, 4)][dim], (4, 4)))
+
+    def loss():
+        weight = v * g / v.norm(dim=1 - dim, keepdim=True)
+        return F.cross_entropy(model[2](F.linear(x, weight, model[0].bias).tanh()), y)
+
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method=method)
+    assert_same_operator(H, hessian_of(loss, trainable(model)))
+
+
 @pytest.fixture
 def group():
     with tempfile.NamedTemporaryFile() as file:

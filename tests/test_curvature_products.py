@@ -10,6 +10,7 @@ import random
 import resource
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from dense_curvature import assert_same_operator, dense_ggn, dense_hessian, split
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
 from gradcond.curvature.passes import SWITCHES, Draws
@@ -272,6 +273,70 @@ def test_what_a_loss_closes_over_and_names_is_watched():
         factors["inner"] = held.factor = attribute.temperature = partial.keywords["settings"][0] = 1.0
         array[0] = objects[0] = 1.0
         SCALE.fill_(1.0)
+
+
+SETTINGS = types.SimpleNamespace(factor=1.0)
+
+
+class Scaled(nn.Module):
+    """Reads a global, and an object that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = types.SimpleNamespace(factor=1.0)
+
+    def forward(self, x):
+        return SETTINGS.factor * self.own.factor * x
+
+
+def of_object(output, target):
+    return SETTINGS.factor * F.cross_entropy(output, target)
+
+
+def inside(output, target):
+    return sum(SETTINGS.factor * term for term in F.cross_entropy(output, target, reduction="none")) / len(target)
+
+
+def of_module(output, target):
+    return types.factor * F.cross_entropy(output, target)  # a setting of an imported module
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("loss", [of_object, inside, of_module, F.cross_entropy], ids=lambda loss: loss.__name__)
+def test_settings_anywhere_are_watched(loss, depth, monkeypatch):
+    model, x, y = problem()
+    scaled = Scaled()
+    model.append(functools.reduce(lambda inner, _: nn.Sequential(inner), range(depth), scaled))
+    monkeypatch.setattr(types, "factor", 1.0, raising=False)
+    for place in (scaled.own, SETTINGS, types):
+        H = Hessian(model, loss, [(x, y)], method="double_backward")
+        v = torch.ones(H.shape[0])
+        assert torch.equal(H @ v, H @ v)
+        monkeypatch.setattr(place, "factor", 1.5)
+        expected = Hessian(model, loss, [(x, y)], method="double_backward") @ v
+        assert torch.equal(H @ v, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_sparse_tensors_are_watched(layout):
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("edges", torch.eye(6).to_sparse(layout=layout))
+
+        def forward(self, x):
+            return torch.sparse.mm(self.edges, self.layer(x))
+
+    model, x, y = Graph(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
+    v = torch.ones(H.shape[0])
+    once, kept = H @ v, H._kept
+    assert torch.equal(H @ v, once) and H._kept is kept
+    model.edges.values().mul_(2) if layout != torch.sparse_coo else model.edges._values().mul_(2)
+    torch.testing.assert_close(H @ v, Hessian(model, nn.CrossEntropyLoss(), [(x, y)]) @ v)
+    assert H._kept is not kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.bool, torch.complex64])
@@ -618,6 +683,17 @@ def test_every_generator_of_numpy_is_put_back(generator):
         np.random.set_bit_generator(own)
 
 
+def test_the_generator_of_a_sampler_in_batches_is_put_back():
+    model, x, y = problem(8)
+    data, own = TensorDataset(x, y), torch.Generator().manual_seed(3)
+    sampler = BatchSampler(RandomSampler(data, generator=own), 4, drop_last=False)
+    before = own.get_state()
+    for kind in KINDS:
+        H = kind(model, nn.CrossEntropyLoss(), DataLoader(data, batch_sampler=sampler))
+        v = torch.ones(H.shape[0])
+        assert torch.equal(H @ v, H @ v) and torch.equal(own.get_state(), before)
+
+
 def test_switches_stand_as_the_user_left_them():
     model, x, y = problem()
     H = Hessian(model, nn.CrossEntropyLoss(), [(x, y)], method="double_backward")
@@ -657,6 +733,44 @@ def test_bad_options():
         Hessian(model, nn.CrossEntropyLoss(), [(x, y)], chunk=0)
     with pytest.raises(ValueError, match="output="):
         ModelLoss(lambda model, batch: 0, target=lambda batch: batch)
+
+
+def cut_a_layer(model):
+    model[3] = nn.Linear(4, 2)
+
+
+def remove_a_layer(model):
+    del model[3]
+
+
+def freeze(model):
+    model[0].requires_grad_(False)
+
+
+def shorten(model):
+    model.float()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("change", [cut_a_layer, remove_a_layer, freeze, shorten])
+def test_other_parameters_ask_for_another_operator(change, batches):
+    model, x, y = problem()
+    H = Hessian(model, nn.CrossEntropyLoss(), batches * [(x, y)])
+    H @ torch.ones(H.shape[0])
+    change(model)
+    with pytest.raises(ValueError, match=r"'\d\.weight' is gone, frozen, .*make a new operator"):
+        H @ torch.ones(H.shape[0])
+
+
+def test_an_output_without_tensors_is_told():
+    model, x, y = problem()
+    hidden = ModelLoss(
+        lambda output, target: F.cross_entropy(output.logits, target),
+        output=lambda model, batch: types.SimpleNamespace(logits=model(batch[0])),
+        target=lambda batch: batch[1],
+    )
+    with pytest.raises(ValueError, match=r"got SimpleNamespace; .*output="):
+        GGN(model, hidden, [(x, y)]).to_dense()
 
 
 def test_other_samples_are_other_products():

@@ -97,7 +97,9 @@ def condition_number(
     products, generator = Products(A, progress), generator_from(seed)
     z = products.gaussian(generator)
     start = products(z)
-    if not float(start.abs().max()) > 0:
+    size = float(start.abs().max())
+    products.check_symmetry(0.0, size)
+    if size == 0:
         return _zero_matrix(products)
     lanczos = Lanczos(products, start, generator=generator, breakdown=FLOOR)
     bounds, history, confirmed = [1.0], [], False

@@ -10,7 +10,7 @@ from gradcond.curvature.operators import Products, written_out
 
 def eigenvalues(products: Products, chunk: int) -> tuple[Tensor, float]:
     """All n of them, ascending, float64 on the CPU, and a bound on the error of each."""
-    if isinstance(products.A, Tensor):
+    if isinstance(products.A, Tensor) and products.A.layout == torch.strided:
         dense = products.A
     else:
         dense = written_out(products, products.n, products.work_dtype, products.device, chunk)

@@ -36,7 +36,7 @@ class Hessian(LossOperator):
     kernel). The first product times the first batch, and compares the two where forward mode might be faster;
     ``probe`` says which it took, and why. Where there is one batch, the graph of double backward is kept from
     product to product until a parameter, a buffer, a mode, a setting or the batch changes; ``release()`` frees
-    it. What a loss reads from elsewhere than its arguments, closure and globals is not watched.
+    it. What a loss or a model reads from elsewhere than its arguments, closure and globals is not watched.
 
     Args:
         model: any module; torch.compile and data-parallel wrappers are unwrapped.
@@ -142,6 +142,11 @@ class GGN(GaussNewtonOperator):
             return leaves[-1]
 
         value, evaluation.share = self.objective.of(map_tensors(output, cut), batch)
+        if not leaves:
+            raise ValueError(
+                "expected an output of tensors that depend on the trainable parameters, or lists, tuples and dicts "
+                f"of them, got {type(output).__name__}; say what to take of it: ModelLoss(loss_fn, output=...)"
+            )
         slopes = grad([value], leaves, create_graph=True)
         curved = [i for i, s in enumerate(slopes) if s.requires_grad]
 

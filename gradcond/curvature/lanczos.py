@@ -75,7 +75,7 @@ class Lanczos:
         ).tolist()
         self.alphas.append(alpha)
         self.residual, self._norm = w, norm
-        self.scale = max(self.scale, abs(alpha), 0.0 if self.exhausted else norm)
+        self.scale = max(abs(alpha), self.scale, 0.0 if self.exhausted else norm)  # alpha first: NaN is to stay
         self.asymmetry = max(self.asymmetry, worst)
         self.off_tridiagonal, self.off_count = self.off_tridiagonal + squares, self.off_count + len(zeros) - 1
         self.products.check_symmetry(self.asymmetry, self.scale or 1.0)

@@ -79,6 +79,11 @@ class Kept:
         return divisor(*Mean(self.share).sums)
 
 
+def _form(p: Tensor) -> tuple[Any, ...]:
+    """What of a parameter must stay as it is."""
+    return p.shape, p.dtype, p.device
+
+
 class LossOperator(Operator):
     """A matrix over the trainable parameters that is a mean over batches.
 
@@ -110,7 +115,8 @@ class LossOperator(Operator):
         if num_batches(data) == 0 and not self.processes.several:
             raise ValueError("expected at least one batch, got an empty data set")
         self.method = method
-        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self._forms = {name: _form(p) for name, p in self.model.named_parameters() if p.requires_grad}
+        self.names = list(self._forms)
         if not self.names:
             raise ValueError("expected a model with trainable parameters, but none requires grad")
         self._take_shape()
@@ -133,9 +139,19 @@ class LossOperator(Operator):
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters of ``names``, in their order."""
-        of_name = dict(self.model.named_parameters())
-        return [of_name[name] for name in self.names]
+        """The parameters of ``names``, in their order.
+
+        Raises:
+            ValueError: one of them is gone, frozen, or of another shape, dtype or device by now.
+        """
+        forms = {name: (_form(p), p) for name, p in self.model.named_parameters() if p.requires_grad}
+        for name in self.names:
+            if name not in forms or forms[name][0] != self._forms[name]:
+                raise ValueError(
+                    f"expected the parameters that the operator was made with, but {name!r} is gone, frozen, or of "
+                    "another shape, dtype or device; make a new operator"
+                )
+        return [forms[name][1] for name in self.names]
 
     @property
     def slices(self) -> dict[str, slice]:

@@ -15,10 +15,11 @@ _FUNCTION_OF = {
     "CrossEntropyLoss": "cross_entropy",
     "NLLLoss": "nll_loss",
     "NLLLoss2d": "nll_loss",
+    "LinearCrossEntropyLoss": "linear_cross_entropy",
     "BCEWithLogitsLoss": "binary_cross_entropy_with_logits",
     "MSELoss": "mse_loss",
 }
-_CLASS_INDEX = {"cross_entropy", "nll_loss"}
+_CLASS_INDEX = {"cross_entropy", "linear_cross_entropy", "nll_loss"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class TorchLoss:
         losses = self.reduced("none", output, target)
         if self.has_class_targets(target):
             return losses.reshape(-1), self.class_weights(target).reshape(-1).to(losses.dtype)
-        if self.name == "cross_entropy":  # with probabilities: one loss a position
+        if self.name in _CLASS_INDEX:  # with probabilities: one loss a position
             losses = losses.reshape(-1)
         rows = losses.reshape(losses.shape[0] if losses.ndim else 1, -1)
         weight = rows.shape[1] if self.options["reduction"] == "mean" else 1
@@ -64,7 +65,8 @@ class TorchLoss:
 
     def class_weights(self, target: Tensor) -> Tensor:
         """What torch adds to the denominator for each class target: label smoothing does not change it."""
-        counted, weight = target != self.options["ignore_index"], self.options["weight"]
+        ignored, weight = self.options["ignore_index"], self.options["weight"]
+        counted = target != (-100 if ignored is None else ignored)
         return counted if weight is None else weight[target.where(counted, 0)] * counted
 
 
@@ -80,6 +82,8 @@ def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
         name = getattr(function, "__name__", "")
         positional = isinstance(loss_fn, functools.partial) and loss_fn.args
         if getattr(F, name, None) is not function or positional or {"size_average", "reduce"} & given.keys():
+            return None
+        if name == "ctc_loss":  # its mean divides each term by the length of its target
             return None
         parameters = inspect.signature(function).parameters
         if "reduction" not in parameters or (name not in _CLASS_INDEX and given.get("weight") is not None):

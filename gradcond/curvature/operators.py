@@ -197,7 +197,7 @@ class Products:
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
             raise ValueError(f"expected a square symmetric operator, got shape {tuple(shape)}")
         if isinstance(A, np.ndarray):
-            A = torch.from_numpy(np.ascontiguousarray(A))
+            A = torch.from_numpy(np.require(A, requirements=["C", "W"]))
         elif not hasattr(A, "device"):
             A = _FromSciPy(aslinearoperator(A)) if hasattr(A, "dot") else A
         self.A, self.n, self.progress, self.count = A, int(shape[0]), progress, 0
@@ -209,6 +209,7 @@ class Products:
         self.eps = torch.finfo(self.dtype).eps
         if isinstance(A, Tensor):
             A = self.A = A.detach().to(self.work_dtype)
+        if isinstance(A, Tensor) and A.layout == torch.strided:
             self.check_symmetry(float((A - A.mT).abs().max()), float(A.abs().max()))
         elif hasattr(A, "check_deterministic"):
             A.check_deterministic()
@@ -243,7 +244,8 @@ class _FromSciPy:
 
     def __init__(self, A: LinearOperator) -> None:
         self.A, self.shape, self.device = A, A.shape, torch.device("cpu")
-        self.dtype = torch.float32 if A.dtype == np.float32 else torch.float64
+        real = torch.float32 if A.dtype == np.float32 else torch.float64
+        self.dtype = torch.complex128 if np.issubdtype(A.dtype, np.complexfloating) else real
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self.A @ v.numpy()))

@@ -13,7 +13,7 @@ def smallest_converged(
     """Of the smallest converged |value| above the floor: index, error of kappa, and whether none is smaller."""
     gaps = np.concatenate([[np.inf], np.diff(values), [np.inf]])
     gaps = np.minimum(np.minimum(gaps[1:], gaps[:-1]), np.abs(values)) + np.finfo(float).tiny
-    errors = np.minimum(residuals, residuals**2 / gaps)
+    errors = residuals**2 / np.maximum(residuals, gaps)  # the smaller one of residual and residual^2 / gap
     above = np.flatnonzero(np.abs(values) > floor)
     converged = above[errors[above] <= tol * np.abs(values[above])]
     if len(converged) == 0:

@@ -21,8 +21,8 @@ class Snapshot:
     """A copy of the contents of models, losses and batches: tensors by value, settings, the form of nests.
 
     By value, as ``p.data.mul_(2)`` and NumPy views move no version counter. Of a module also its mode, its
-    settings and hooks; of a function what it closes over, its defaults and the globals it names. Anything else
-    counts as itself and its own settings.
+    settings, hooks and ``forward``; of a function what it closes over, its defaults, the globals it names and
+    what it names of a module among them. Anything else counts as itself and its own settings.
     """
 
     def __init__(self, *things: Any) -> None:
@@ -51,14 +51,14 @@ class _Copy:
         self.kind = _kind(t)
         # bytes are compared six times as fast as numbers by torch.equal, and at seven times the speed of a digest
         self.bytes = t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) and _is_plain(t)
-        self.contents: Any = bytearray(_memory(t)) if self.bytes else t.detach().clone()
+        self.contents: Any = bytearray(_memory(t)) if self.bytes else [part.clone() for part in _numbers(t)]
 
     def holds(self, t: Tensor) -> bool:
         """Whether the tensor has these contents."""
         if _kind(t) != self.kind:
             return False
         if not self.bytes:
-            return torch.equal(t.detach(), self.contents)
+            return all(map(torch.equal, _numbers(t), self.contents))
         return _is_plain(t) and bool(self.contents == _memory(t))
 
 
@@ -72,6 +72,17 @@ def _is_plain(t: Tensor) -> bool:
 def _memory(t: Tensor) -> Any:
     # not by NumPy, whose views forbid for ever that the storage is resized
     return (ctypes.c_char * (t.numel() * t.element_size())).from_address(t.data_ptr())
+
+
+def _numbers(t: Tensor) -> list[Tensor]:
+    """What can be compared: the tensor, or indices and values of a sparse one."""
+    if t.layout not in _SPARSE:
+        return [t.detach()]
+    listed = t.detach().to_sparse(layout=torch.sparse_coo)
+    return [listed._indices(), listed._values()]
+
+
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def _kind(t: Tensor) -> tuple[Any, ...]:
@@ -141,8 +152,9 @@ class _Walk:
             self._seen.add(id(thing))
             self.plain.append(type(thing) if isinstance(thing, _NESTS) else _Same(thing))
             self._watch(thing, depth)
+            below = 2 if isinstance(thing, nn.Module) else depth + 1  # the settings of all modules count alike
             for part in _parts(thing, depth):
-                self._visit(part, depth + 1)
+                self._visit(part, below)
 
     def _watch(self, thing: Any, depth: int) -> None:
         if isinstance(thing, np.ndarray) or (isinstance(thing, Mapping) and type(thing) not in _TABLES):
@@ -214,6 +226,8 @@ def _parts(thing: Any, depth: int) -> Iterator[Any]:
         if _is_own(thing):
             yield from _of_function(thing)
     elif _has_settings(thing, depth):
+        if isinstance(thing, nn.Module) and _is_own(type(thing).forward):
+            yield type(thing).forward
         for name, value in vars(thing).items():
             # most of a module is empty tables of hooks: left out for speed
             if value is not None and not (isinstance(value, dict) and not value):
@@ -229,7 +243,17 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
         except ValueError:  # not yet assigned
             yield None
-    for name in function.__code__.co_names:
+    names = list(_names(function.__code__))
+    for name in names:
         value = function.__globals__.get(name)
-        if isinstance(value, (Tensor, nn.Module, np.ndarray, types.FunctionType, list, dict, *PLAIN)):
-            yield value
+        yield value
+        if isinstance(value, types.ModuleType):
+            yield from map(vars(value).get, names)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """What the code reads by name, with that of the functions defined inside."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)
