@@ -30,7 +30,7 @@ class Moments:
         (tensor([2.]), tensor([4.]))
     """
 
-    count: int  # positions of the input, before padding, each once
+    count: int  # positions of the input, before padding, each once; of patches: rows
     samples: int
     rows: int  # samples x output positions
     mean: Tensor  # (inputs,) or (inputs x taps,), float32 or float64

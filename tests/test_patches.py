@@ -92,6 +92,16 @@ def test_micro_batches_count_as_their_union(layer):
     assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
+def test_micro_batches_of_other_sizes_weigh_by_their_patches():
+    model = nn.Conv1d(1, 1, 2, stride=2)
+    optimizer = wrapped(model, decay=0.0)
+    for x in ([[0.0, 1.0, 7.0]], [[2.0, 3.0, 4.0, 5.0]]):  # patches (0, 1), and (2, 3), (4, 5)
+        model(torch.tensor([x])).pow(3).sum().backward()
+    optimizer.step()
+    assert_close(state_of(optimizer)["mean"], torch.tensor([2.0, 3.0]))
+    assert_close(state_of(optimizer)["variance"], torch.tensor([8.0, 8.0]) / 3)
+
+
 def test_resumed_is_uninterrupted():
     def train(model, optimizer, steps):
         for seed in steps:
