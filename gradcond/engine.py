@@ -249,7 +249,7 @@ class Engine:
             name, own = assignment.layer.name, assignment.with_gradients()
             if not all(id(weight) in z for weight in own.weights):
                 continue
-            row_map = self.frozen[name] if name in self.frozen else self._next_map(own)
+            row_map = self.frozen[name] if name in self.frozen else self._next_map(own, moved=True)
             if row_map is not None:
                 self._map_("factor", row_map, own, [z[id(p)] for p in own.parameters])
 
@@ -404,8 +404,8 @@ class Engine:
             if due:
                 conditioner.update_all([state for state, _ in due], [m for _, m in due], self.scratch[i])
 
-    def _next_map(self, assignment: Assignment) -> RowMap | None:
-        """The step's P of a layer."""
+    def _next_map(self, assignment: Assignment, *, moved: bool = False) -> RowMap | None:
+        """The step's P of a layer; has its gradient `moved` the states already?"""
         if self.fixed and assignment.layer.name in self.fixed_maps:
             return self.fixed_maps[assignment.layer.name]
         layer, whole = assignment.layer, assignment.whole
@@ -417,7 +417,7 @@ class Engine:
             view = shown(layer, whole=whole) if assignment.sharded else layer
             if view.units == 0:
                 continue
-            if conditioner.uses_rate:
+            if conditioner.uses_rate and not moved:
                 chain = compose(maps)
                 theta, gradient = _theta_and_gradient(view, assignment, chain)
                 group = next(g for g in self.groups if any(p is assignment.weights[0] for p in g["params"]))
