@@ -84,13 +84,27 @@ class Engine:
         self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
         self.fixed = all(c.fixed for c in self.chain)
         self.fixed_maps: dict[str, RowMap | None] = {}
-        self.settings: list[dict[str, Any]] = []  # that they belong to
+        self.settings = [dict(vars(c)) for c in self.chain]  # to which these and the refusals belong
         self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         self.conditioned = Conditioned()
         self.assigned: list[Assignment] = []
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
         self._ask_due()
+
+    def _follow_settings(self) -> None:
+        """Hyper-parameters may have been changed since the last step."""
+        now = [dict(vars(c)) for c in self.chain]
+        if now == self.settings:
+            return
+        if any(c.uses_inputs and c.taps != self.observer.taps for c in self.chain):
+            raise ValueError(
+                f"expected taps={self.observer.taps}, as when the optimizer was wrapped, got {self.chain}: the "
+                "statistics are of another shape. Set it back, or wrap the optimizer anew"
+            )
+        self.settings = now
+        self.fixed_maps.clear()
+        self._ask_refusals()
 
     def _ask_refusals(self) -> None:
         self.refusals = {
@@ -167,11 +181,9 @@ class Engine:
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
             self.detach()
             self._attach()
+        self._follow_settings()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self._ask_refusals()
-        if self.fixed and (now := [dict(vars(c)) for c in self.chain]) != self.settings:
-            self.settings = now
-            self.fixed_maps.clear()
         self.groups = groups
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
@@ -308,6 +320,7 @@ class Engine:
         for conditioner, entry in zip(self.chain, state["chain"], strict=True):
             for key, value in entry["settings"].items():
                 setattr(conditioner, key, value)
+        self._follow_settings()
         self.states = loaded_states(state, self.layers)
         self.network = [copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True

@@ -128,6 +128,18 @@ def test_a_state_with_tied_taps_is_refused():
         wrapped(model).load_state_dict(tied.state_dict())
 
 
+def test_taps_cannot_be_changed_on_the_way():
+    model = nn.Conv1d(2, 3, 3)
+    step(model, optimizer := wrapped(model), inputs(4, 2, 5))
+    before = copy.deepcopy((model.state_dict(), state_of(optimizer)))
+    optimizer.conditioners[0].taps = False
+    with pytest.raises(ValueError, match="taps=True, as when"):
+        step(model, optimizer, inputs(4, 2, 5))
+    assert_close((dict(model.state_dict()), state_of(optimizer)), (dict(before[0]), before[1]), rtol=0, atol=0)
+    optimizer.conditioners[0].taps = True
+    step(model, optimizer, inputs(4, 2, 5))
+
+
 def test_variances_survive_a_large_mean_in_float32():
     model = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect").float()
     x = (1e4 + 1e-2 * torch.randn(16, 2, 6, 6)).float()
