@@ -32,8 +32,9 @@ class BNP(Conditioner):
 
     That is a gradient step on the weights of the normalized input (h - mu) / sigma~, mapped back. Without a
     trainable bias M = (S + mu mu^T)^-1 / q^2, which is the restriction of the same metric to the weights; and
-    S^-1 / q^2 where a batch-norm layer follows directly, since it takes the mean out by itself. Convolutions
-    share mu_c and sigma_c among the taps of input channel c, and a row's sums run over its own group.
+    S^-1 / q^2 where a batch-norm layer follows directly, since it takes the mean out by itself: as the layer's
+    first step shows, which a compiled pass does not. Convolutions share mu_c and sigma_c among the taps of input
+    channel c, and a row's sums run over its own group.
 
     M is symmetric and positive definite, and without eps training does not depend on the scale and the offset
     of any input. It needs the layer's inputs: those of the forward passes that made the gradient, in training

@@ -80,7 +80,8 @@ class Engine:
         users = [c for c in self.chain if c.uses_inputs]
         self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
         self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
-        self.probe = BatchNormProbe(self.captures.values(), self.model)
+        taken = [capture for name, capture in self.captures.items() if self.members[name]]
+        self.probe = BatchNormProbe(taken, self.model)
         self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
         self.fixed = all(c.fixed for c in self.chain)
         self.fixed_maps: dict[str, RowMap | None] = {}
@@ -293,8 +294,8 @@ class Engine:
                 if i in assignment.members and assignment.layer.name in self.states[i]:
                     self._retract_(assignment, i)
         self.loaded = False
-        if self.frozen:
-            self.probe.remove()
+        if self.frozen and self.probe.handles:
+            self.probe.leave(self.frozen)
         self._ask_due()
 
     def preconditioner(self, groups: Sequence[Mapping[str, Any]]) -> Preconditioner:
