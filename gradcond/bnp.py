@@ -189,7 +189,7 @@ class BNP(Conditioner):
         """1 / (q sigma~)^2."""
         if not self.standardize:
             return torch.full_like(variance, 1 / q**2)
-        metric = torch.add(variance, variance.amax(), alpha=self.eps_rel).add_(self.eps).mul_(q**2).reciprocal_()
+        metric = (variance + self.eps_rel * variance.amax()).add_(self.eps).mul_(q**2).reciprocal_()
         return metric if self.eps > 0 else metric.masked_fill_(metric.isinf(), 0.0)  # there weights rest
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:

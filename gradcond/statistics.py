@@ -142,6 +142,7 @@ class Bank:
             squares = self.largest.new_tensor([number**2 for number in q])
             self.scale = q, squares.index_select(0, self.owner)
         largest = self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax")
-        torch.add(self.variance, largest.index_select(0, self.owner), alpha=eps_rel, out=self.metric)
+        largest.mul_(eps_rel)  # by itself: within the sum it is rounded otherwise where vectors end
+        torch.add(self.variance, largest.index_select(0, self.owner), out=self.metric)
         self.metric.add_(eps).mul_(self.scale[1]).reciprocal_()
         return self.metrics
