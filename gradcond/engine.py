@@ -88,6 +88,7 @@ class Engine:
         self.settings = [dict(vars(c)) for c in self.chain]  # to which these and the refusals belong
         self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         self.conditioned = Conditioned()
+        self.clipped = Conditioned()  # likewise, by what acts on all gradients together
         self.assigned: list[Assignment] = []
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
@@ -206,12 +207,25 @@ class Engine:
                 return
             ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
             moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
-            if self.idle or not (ready or self.chain[-1].comes_last):
+            if self.idle or not (ready or self._clips_anew()):
                 return
             self._update([a for a in ready if a.layer.name not in self.frozen], moments)
             self._apply_(ready)
         for assignment in ready:  # several layers may share a gradient
             self.conditioned.note(assignment.layer.name, assignment.weights[0].grad)
+        if self.chain[-1].comes_last:
+            for i, p in enumerate(self._held()):
+                self.clipped.note(str(i), p.grad)
+
+    def _clips_anew(self) -> bool:
+        """Is there a conditioner of all gradients together, and one of them that it has not seen?"""
+        if not self.chain[-1].comes_last:
+            return False
+        return not all(self.clipped.holds(str(i), p.grad) for i, p in enumerate(self._held()))
+
+    def _held(self) -> list[nn.Parameter]:
+        """The parameters of the step's groups that have a gradient."""
+        return [p for g in self.groups if g.get("gradcond", True) for p in g["params"] if p.grad is not None]
 
     def _at_one_go(self) -> bool:
         """An ordinary step of layers that are all alike."""
@@ -345,7 +359,7 @@ class Engine:
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
-            candidates = [p for g in self.groups if g.get("gradcond", True) for p in g["params"]]
+            candidates: Sequence[nn.Parameter] = self._held()
         else:
             candidates = [p for a in self.assigned for p in a.parameters]
         held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]
