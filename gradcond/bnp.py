@@ -38,7 +38,9 @@ class BNP(Conditioner):
 
     M is symmetric and positive definite, and without eps training does not depend on the scale and the offset
     of any input. It needs the layer's inputs: those of the forward passes that made the gradient, in training
-    mode, merged over micro-batches, folded once per step as total variance, so that batches of one work.
+    mode, merged over micro-batches, folded once per step as total variance, so that batches of one work. Those of
+    attention's output projection do not show in compiled or checkpointed passes: there it is left alone, and a
+    warning says so.
 
     Args:
         decay: of the running mean and variance; 0 uses the step's own rows only.
@@ -50,6 +52,7 @@ class BNP(Conditioner):
         standardize: take the variances into account.
         taps: statistics of every tap's own patches, padding included, instead of tied ones per input channel.
         ghost: take the moments of this many rows (of convolutions: samples) drawn from each call; None, of all.
+            Embeddings and recurrent layers always give all.
         every: take moments in every so many steps, the first one included, and use the last ones in between.
 
     Raises:
