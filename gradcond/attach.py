@@ -147,7 +147,7 @@ def attach(
 
     Raises:
         TypeError: for something that is not a bare optimizer, a module or a list of conditioners.
-        ValueError: when the optimizer holds none of the model's parameters, or one twice.
+        ValueError: when the optimizer holds none of the model's parameters, or one twice, or is attached to.
 
     Example:
         >>> import torch, gradcond

@@ -32,12 +32,15 @@ class BNP(Conditioner):
 
     That is a gradient step on the weights of the normalized input (h - mu) / sigma~, mapped back. Without a
     trainable bias M = (S + mu mu^T)^-1 / q^2, which is the restriction of the same metric to the weights; and
-    S^-1 / q^2 where a batch-norm layer follows directly, since it takes the mean out by itself. Convolutions
-    share mu_c and sigma_c among the taps of input channel c, and a row's sums run over its own group.
+    S^-1 / q^2 where a batch-norm layer follows directly, since it takes the mean out by itself: as the layer's
+    first step shows, which a compiled pass does not. Convolutions share mu_c and sigma_c among the taps of input
+    channel c, and a row's sums run over its own group.
 
     M is symmetric and positive definite, and without eps training does not depend on the scale and the offset
     of any input. It needs the layer's inputs: those of the forward passes that made the gradient, in training
-    mode, merged over micro-batches, folded once per step as total variance, so that batches of one work.
+    mode, merged over micro-batches, folded once per step as total variance, so that batches of one work. Those of
+    attention's output projection do not show in compiled or checkpointed passes: there it is left alone, and a
+    warning says so.
 
     Args:
         decay: of the running mean and variance; 0 uses the step's own rows only.
@@ -49,6 +52,7 @@ class BNP(Conditioner):
         standardize: take the variances into account.
         taps: statistics of every tap's own patches, padding included, instead of tied ones per input channel.
         ghost: take the moments of this many rows (of convolutions: samples) drawn from each call; None, of all.
+            Embeddings and recurrent layers always give all.
         every: take moments in every so many steps, the first one included, and use the last ones in between.
 
     Raises:
@@ -188,7 +192,7 @@ class BNP(Conditioner):
         """1 / (q sigma~)^2."""
         if not self.standardize:
             return torch.full_like(variance, 1 / q**2)
-        metric = torch.add(variance, variance.amax(), alpha=self.eps_rel).add_(self.eps).mul_(q**2).reciprocal_()
+        metric = (variance + self.eps_rel * variance.amax()).add_(self.eps).mul_(q**2).reciprocal_()
         return metric if self.eps > 0 else metric.masked_fill_(metric.isinf(), 0.0)  # there weights rest
 
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:

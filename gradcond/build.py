@@ -28,6 +28,13 @@ def build_engine(
     """The engine behind `wrap` and `attach`; raises what they document."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {_kind(optimizer)}; build the optimizer first")
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", {}).values()
+    if any(isinstance(getattr(getattr(hook, "__self__", None), "_engine", None), Engine) for hook in hooks):
+        raise ValueError(
+            "expected an optimizer without conditioning, got one that gradcond.attach has put hooks on: it would "
+            "condition twice. Call that handle's remove(), or put all conditioners in one list, and several models "
+            "in one nn.ModuleList"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as model, got {_kind(model)}")
     chain, model = _checked_chain(conditioners), unwrapped(model)

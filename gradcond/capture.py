@@ -8,7 +8,7 @@ kept, only its moments.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
@@ -234,6 +234,14 @@ class BatchNormProbe(_Hook):
                 self.handles.append(module.register_forward_hook(self, with_kwargs=True))
         for capture in self.captures:
             capture.probed = bool(self.handles)
+
+    def leave(self, names: Container[str]) -> None:
+        """Asks no more of these layers; of none, once all are known."""
+        for capture in self.captures:
+            capture.probed = capture.probed and capture.layer.name not in names
+        self.captures = [capture for capture in self.captures if capture.probed]
+        if not self.captures:
+            self.remove()
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Marks the layer whose last output is this module's input."""

@@ -80,17 +80,33 @@ class Engine:
         users = [c for c in self.chain if c.uses_inputs]
         self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
         self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
-        self.probe = BatchNormProbe(self.captures.values(), self.model)
+        taken = [capture for name, capture in self.captures.items() if self.members[name]]
+        self.probe = BatchNormProbe(taken, self.model)
         self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
         self.fixed = all(c.fixed for c in self.chain)
         self.fixed_maps: dict[str, RowMap | None] = {}
-        self.settings: list[dict[str, Any]] = []  # that they belong to
+        self.settings = [dict(vars(c)) for c in self.chain]  # to which these and the refusals belong
         self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         self.conditioned = Conditioned()
+        self.clipped = Conditioned()  # likewise, by what acts on all gradients together
         self.assigned: list[Assignment] = []
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
         self._ask_due()
+
+    def _follow_settings(self) -> None:
+        """Hyper-parameters may have been changed since the last step."""
+        now = [dict(vars(c)) for c in self.chain]
+        if now == self.settings:
+            return
+        if any(c.uses_inputs and c.taps != self.observer.taps for c in self.chain):
+            raise ValueError(
+                f"expected taps={self.observer.taps}, as when the optimizer was wrapped, got {self.chain}: the "
+                "statistics are of another shape. Set it back, or wrap the optimizer anew"
+            )
+        self.settings = now
+        self.fixed_maps.clear()
+        self._ask_refusals()
 
     def _ask_refusals(self) -> None:
         self.refusals = {
@@ -167,11 +183,9 @@ class Engine:
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
             self.detach()
             self._attach()
+        self._follow_settings()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self._ask_refusals()
-        if self.fixed and (now := [dict(vars(c)) for c in self.chain]) != self.settings:
-            self.settings = now
-            self.fixed_maps.clear()
         self.groups = groups
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
@@ -193,12 +207,25 @@ class Engine:
                 return
             ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
             moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
-            if self.idle or not (ready or self.chain[-1].comes_last):
+            if self.idle or not (ready or self._clips_anew()):
                 return
             self._update([a for a in ready if a.layer.name not in self.frozen], moments)
             self._apply_(ready)
         for assignment in ready:  # several layers may share a gradient
             self.conditioned.note(assignment.layer.name, assignment.weights[0].grad)
+        if self.chain[-1].comes_last:
+            for i, p in enumerate(self._held()):
+                self.clipped.note(str(i), p.grad)
+
+    def _clips_anew(self) -> bool:
+        """Is there a conditioner of all gradients together, and one of them that it has not seen?"""
+        if not self.chain[-1].comes_last:
+            return False
+        return not all(self.clipped.holds(str(i), p.grad) for i, p in enumerate(self._held()))
+
+    def _held(self) -> list[nn.Parameter]:
+        """The parameters of the step's groups that have a gradient."""
+        return [p for g in self.groups if g.get("gradcond", True) for p in g["params"] if p.grad is not None]
 
     def _at_one_go(self) -> bool:
         """An ordinary step of layers that are all alike."""
@@ -249,7 +276,7 @@ class Engine:
             name, own = assignment.layer.name, assignment.with_gradients()
             if not all(id(weight) in z for weight in own.weights):
                 continue
-            row_map = self.frozen[name] if name in self.frozen else self._next_map(own)
+            row_map = self.frozen[name] if name in self.frozen else self._next_map(own, moved=True)
             if row_map is not None:
                 self._map_("factor", row_map, own, [z[id(p)] for p in own.parameters])
 
@@ -281,8 +308,8 @@ class Engine:
                 if i in assignment.members and assignment.layer.name in self.states[i]:
                     self._retract_(assignment, i)
         self.loaded = False
-        if self.frozen:
-            self.probe.remove()
+        if self.frozen and self.probe.handles:
+            self.probe.leave(self.frozen)
         self._ask_due()
 
     def preconditioner(self, groups: Sequence[Mapping[str, Any]]) -> Preconditioner:
@@ -308,6 +335,7 @@ class Engine:
         for conditioner, entry in zip(self.chain, state["chain"], strict=True):
             for key, value in entry["settings"].items():
                 setattr(conditioner, key, value)
+        self._follow_settings()
         self.states = loaded_states(state, self.layers)
         self.network = [copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True
@@ -331,7 +359,7 @@ class Engine:
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
-            candidates = [p for g in self.groups if g.get("gradcond", True) for p in g["params"]]
+            candidates: Sequence[nn.Parameter] = self._held()
         else:
             candidates = [p for a in self.assigned for p in a.parameters]
         held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]
@@ -404,8 +432,8 @@ class Engine:
             if due:
                 conditioner.update_all([state for state, _ in due], [m for _, m in due], self.scratch[i])
 
-    def _next_map(self, assignment: Assignment) -> RowMap | None:
-        """The step's P of a layer."""
+    def _next_map(self, assignment: Assignment, *, moved: bool = False) -> RowMap | None:
+        """The step's P of a layer; has its gradient `moved` the states already?"""
         if self.fixed and assignment.layer.name in self.fixed_maps:
             return self.fixed_maps[assignment.layer.name]
         layer, whole = assignment.layer, assignment.whole
@@ -417,7 +445,7 @@ class Engine:
             view = shown(layer, whole=whole) if assignment.sharded else layer
             if view.units == 0:
                 continue
-            if conditioner.uses_rate:
+            if conditioner.uses_rate and not moved:
                 chain = compose(maps)
                 theta, gradient = _theta_and_gradient(view, assignment, chain)
                 group = next(g for g in self.groups if any(p is assignment.weights[0] for p in g["params"]))

@@ -74,7 +74,8 @@ class Observer:
             x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)
             count = min(count, x.numel() // x.shape[layer.channel_axis(x)])
         if self.taps and layer.convolution and not meets_all(layer):
-            return Moments(count, samples, rows, *(moment.flatten() for moment in patch_moments(layer, x)))
+            seen = count if layer.transposed else rows  # how much they weigh beside other calls': patches
+            return Moments(seen, samples, rows, *(moment.flatten() for moment in patch_moments(layer, x)))
         mean, variance = self._channel_moments(x, layer.channel_axis(x))
         if self.taps and layer.kernel_size > 1:  # no convolution: which positions its taps meet is not known
             mean, variance = (moment.repeat_interleave(layer.kernel_size) for moment in (mean, variance))

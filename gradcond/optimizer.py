@@ -185,7 +185,7 @@ def wrap(
 
     Raises:
         TypeError: for something that is not an optimizer, a module or a list of conditioners.
-        ValueError: when the optimizer holds none of the model's parameters, or one twice.
+        ValueError: when the optimizer holds none of the model's parameters, or one twice, or is attached to.
 
     Example:
         >>> import torch, gradcond

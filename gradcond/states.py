@@ -41,7 +41,7 @@ def saved_state(
     """What a checkpoint keeps of a chain: plain dictionaries of tensors, numbers and strings."""
     entries = []
     for i, conditioner in enumerate(chain):
-        names = [a.layer.name for a in assigned if i in a.members]
+        names = dict.fromkeys([a.layer.name for a in assigned if i in a.members] + list(states[i]))
         layers = {name: copied(states[i].get(name, {})) for name in names}
         entry = {"name": conditioner.name, "settings": conditioner.settings(), "layers": layers}
         entries.append(entry | {"network": copied(network[i])})
@@ -81,7 +81,7 @@ def check_saved(state: Mapping[str, Any], chain: Sequence[Conditioner], layers: 
 
 def check_states(layers: Mapping[str, Layer], chain: Sequence[Conditioner], state: Mapping[str, Any]) -> None:
     """Raises ValueError when a saved state names a layer the model lacks, or holds a tensor of another shape."""
-    for name in state["layers"]:
+    for name in (*state["layers"], *(name for entry in state["chain"] for name in entry["layers"])):
         if name not in layers:
             raise ValueError(
                 f"the saved gradcond state holds layer {name!r}, which this model does not have as a layer of "

@@ -30,7 +30,7 @@ class Moments:
         (tensor([2.]), tensor([4.]))
     """
 
-    count: int  # positions of the input, before padding, each once
+    count: int  # positions of the input, before padding, each once; of patches: rows
     samples: int
     rows: int  # samples x output positions
     mean: Tensor  # (inputs,) or (inputs x taps,), float32 or float64
@@ -142,6 +142,7 @@ class Bank:
             squares = self.largest.new_tensor([number**2 for number in q])
             self.scale = q, squares.index_select(0, self.owner)
         largest = self.largest.zero_().scatter_reduce_(0, self.owner, self.variance, "amax")
-        torch.add(self.variance, largest.index_select(0, self.owner), alpha=eps_rel, out=self.metric)
+        largest.mul_(eps_rel)  # by itself: within the sum it is rounded otherwise where vectors end
+        torch.add(self.variance, largest.index_select(0, self.owner), out=self.metric)
         self.metric.add_(eps).mul_(self.scale[1]).reciprocal_()
         return self.metrics

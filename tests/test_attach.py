@@ -205,3 +205,14 @@ def test_a_wrapped_optimizer_is_refused():
     model = network()
     with pytest.raises(TypeError, match="got a wrapped one"):
         attach(wrap(torch.optim.SGD(model.parameters()), model, []), model, [BNP()])
+
+
+@pytest.mark.parametrize("front", [wrap, attach])
+def test_an_optimizer_is_conditioned_once(front):
+    models = nn.ModuleList([network(), network()])
+    optimizer = torch.optim.SGD(models.parameters(), lr=0.1)
+    handle = attach(optimizer, models[0], [BNP()])
+    with pytest.raises(ValueError, match="condition twice"):
+        front(optimizer, models[1], [BNP()])  # the second one's state would take the first one's place
+    handle.remove()
+    front(optimizer, models, [BNP()])

@@ -218,6 +218,21 @@ def test_the_plain_form_is_used_where_batch_norm_follows_directly_and_only_there
         assert_close(block.diagonal(), 1 / damped)  # 18 inputs a row, 36 rows: q = 1
 
 
+@pytest.mark.parametrize("late", ["unfrozen", "skipped"])
+def test_batch_norm_is_found_behind_a_layer_that_joins_later(late):
+    model = nn.Sequential(
+        nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)
+    )
+    optimizer = wrapped(model, [BNP()])
+    for t in range(3):
+        model[2].weight.requires_grad_(t > 0 or late == "skipped")
+        optimizer.zero_grad()
+        (model if t > 0 or late == "unfrozen" else model[:2])(torch.randn(6, 3)).pow(3).mean().backward()
+        optimizer.step()
+    assert [texts[0].count("batch norm follows") for texts in optimizer.report().conditioned.values()] == [1, 1]
+    assert not optimizer._engine.probe.handles  # nobody asks any more
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4, 60])
 def test_t27_total_variance_is_right_at_every_batch_size(rows):
     model = nn.Linear(1, 1)

@@ -1,12 +1,14 @@
 """Gradient and weight centralization against explicit projections and against each other."""
 
+import copy
+
 import pytest
 import torch
 from cases import LAYERS, backward, build, wrapped
 from torch import nn
 from torch.testing import assert_close
 
-from gradcond import GradientCentralization, WeightCentralization, wrap
+from gradcond import BNP, GradientCentralization, WeightCentralization, wrap
 
 
 def centered(layer, g, side):
@@ -47,6 +49,29 @@ def test_conv_only_leaves_linear_layers_alone():
     assert torch.equal(model[2].weight.grad, raw[2])
     assert model[0].weight.grad.mean((1, 2)).abs().max() < 1e-15 < raw[0].mean((1, 2)).abs().max()
     assert optimizer.report().left_alone["2.weight"] == "GradientCentralization: conv_only"
+
+
+@pytest.mark.parametrize("others", [[], [BNP()]], ids=["alone", "with BNP"])
+def test_conv_only_holds_from_the_step_it_is_set_or_loaded(others):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(6, 4)
+    optimizer = wrapped(model, [GradientCentralization(), *others])
+    backward(model, x)
+    optimizer.step()
+    optimizer.conditioners[0].conv_only = True
+    loading = copy.deepcopy(optimizer.state_dict())
+    optimizer.conditioners[0].conv_only = False
+    for change in (
+        lambda: setattr(optimizer.conditioners[0], "conv_only", True),
+        lambda: setattr(optimizer.conditioners[0], "conv_only", False),
+        lambda: optimizer.load_state_dict(loading),
+    ):
+        change()
+        optimizer.zero_grad()
+        backward(model, x)
+        optimizer.step()
+        takes = not optimizer.conditioners[0].conv_only
+        assert (model[0].weight.grad.sum(1).abs().max() < 1e-12) == takes
+        assert ("GradientCentralization" in str(optimizer.report().conditioned)) == takes
 
 
 def test_the_mean_weight_never_moves_under_momentum():

@@ -200,6 +200,18 @@ def test_a_zero_gradient_stays_zero():
     assert clipping.clip_factor(state, zero, fold=True) == 1
 
 
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_gradient_is_clipped_and_its_length_folded_once(before):
+    model = build()
+    optimizer = wrapped(model, before, ratio=0.5)
+    for i in range(2):
+        step(model, optimizer, i)
+        once, mean = {name: g.clone() for name, g in gradients(model).items()}, statistics(optimizer)["mean"]
+        optimizer.step()  # torch runs an attached optimizer's hooks twice where its class calls its parent's step
+        assert statistics(optimizer)["steps"] == i + 1 and torch.equal(statistics(optimizer)["mean"], mean)
+        assert all(torch.equal(g, once[name]) for name, g in gradients(model).items())
+
+
 def through_a_file(model, optimizer):
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing import assert_close
 
 import gradcond
-from gradcond import BNP, GradientCentralization, MeanShiftRejection, WeightStandardization, wrap
+from gradcond import BNP, GradientCentralization, MeanShiftRejection, RateDamping, WeightStandardization, wrap
 
 
 def network(seed=0):
@@ -372,6 +372,26 @@ def test_frozen_layers_join_when_they_are_unfrozen():
     train(model, optimizer, 1)
     assert optimizer._engine.states[0]["0"]["steps"] == 1
     assert optimizer._engine.states[0]["2"]["steps"] == 3
+
+
+def test_what_is_known_of_a_layer_is_saved_while_it_is_frozen():
+    model = network()
+    optimizer = wrapped(model, [BNP(), RateDamping()], lr=0.1)
+    train(model, optimizer, 3)
+    model[0].requires_grad_(False)
+    train(model, optimizer, 2, first=3)
+    resumed = network(seed=5)
+    resumed[0].requires_grad_(False)
+    resumed.load_state_dict(model.state_dict())
+    other = wrapped(resumed, [BNP(), RateDamping()], lr=0.1)
+    other.load_state_dict(roundtrip(optimizer.state_dict()))
+    for m in (model, resumed):
+        m[0].requires_grad_(True)
+    assert torch.equal(train(model, optimizer, 3, first=5), train(resumed, other, 3, first=5))
+    state = optimizer.state_dict()
+    state["gradcond"]["chain"][0]["layers"]["7"] = state["gradcond"]["chain"][0]["layers"]["0"]
+    with pytest.raises(ValueError, match="holds layer '7'"):
+        other.load_state_dict(state)
 
 
 def test_shared_weights_and_other_modules_are_left_alone_and_reported():

@@ -92,6 +92,16 @@ def test_micro_batches_count_as_their_union(layer):
     assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
 
 
+def test_micro_batches_of_other_sizes_weigh_by_their_patches():
+    model = nn.Conv1d(1, 1, 2, stride=2)
+    optimizer = wrapped(model, decay=0.0)
+    for x in ([[0.0, 1.0, 7.0]], [[2.0, 3.0, 4.0, 5.0]]):  # patches (0, 1), and (2, 3), (4, 5)
+        model(torch.tensor([x])).pow(3).sum().backward()
+    optimizer.step()
+    assert_close(state_of(optimizer)["mean"], torch.tensor([2.0, 3.0]))
+    assert_close(state_of(optimizer)["variance"], torch.tensor([8.0, 8.0]) / 3)
+
+
 def test_resumed_is_uninterrupted():
     def train(model, optimizer, steps):
         for seed in steps:
@@ -116,6 +126,18 @@ def test_a_state_with_tied_taps_is_refused():
     step(model, tied, inputs(3, 2, 5, 5))
     with pytest.raises(ValueError, match=r"is of BNP\(taps=False\), this optimizer has True"):
         wrapped(model).load_state_dict(tied.state_dict())
+
+
+def test_taps_cannot_be_changed_on_the_way():
+    model = nn.Conv1d(2, 3, 3)
+    step(model, optimizer := wrapped(model), inputs(4, 2, 5))
+    before = copy.deepcopy((model.state_dict(), state_of(optimizer)))
+    optimizer.conditioners[0].taps = False
+    with pytest.raises(ValueError, match="taps=True, as when"):
+        step(model, optimizer, inputs(4, 2, 5))
+    assert_close((dict(model.state_dict()), state_of(optimizer)), (dict(before[0]), before[1]), rtol=0, atol=0)
+    optimizer.conditioners[0].taps = True
+    step(model, optimizer, inputs(4, 2, 5))
 
 
 def test_variances_survive_a_large_mean_in_float32():

@@ -10,7 +10,8 @@ from cases import wrapped
 from torch import nn
 from ways import WAYS, assert_same, batch, by_closure, frozen_now_and_then, network, ordinary, said_by
 
-from gradcond import BNP, MeanShiftRejection, NormClipping, RateDamping, wrap
+from gradcond import BNP, SGLD, MeanShiftRejection, NormClipping, RateDamping, wrap
+from gradcond.statistics import Bank
 from gradcond.together import Together
 
 
@@ -121,6 +122,35 @@ def test_sums_of_layers_out_of_step_are_added_to_one_by_one(taken, monkeypatch):
     assert taken[2:6] == [True] * 4
     assert_same(*found)
     assert [state["steps"] for state in optimizer._engine.states[1].values()] == [10, 6, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_variances_side_by_side_are_damped_as_by_themselves(dtype):
+    bnp = BNP()
+    for sizes in ([1, 2, 3], [5, 11, 7], [9, 4, 8, 6]):  # vectors end in the middle of layers
+        states = [
+            {"mean": torch.zeros(n, dtype=dtype), "variance": torch.rand(n, dtype=dtype), "steps": 1} for n in sizes
+        ]
+        q = [1.0 + n**0.5 for n in sizes]
+        metrics = Bank(states, states[0]["mean"]).damped(bnp.eps_rel, bnp.eps, q)
+        for state, metric, own in zip(states, metrics, q, strict=True):
+            assert torch.equal(metric, bnp._metric(state["variance"], own))
+
+
+@pytest.mark.parametrize("chain", ["default", "damped"])
+def test_noise_goes_through_the_same_factor(chain, monkeypatch):
+    found = []
+    for possible in (True, False):
+        if not possible:
+            monkeypatch.setattr(Together, "step_", lambda self, *args: False)
+        model = network()
+        noise = torch.Generator().manual_seed(0)
+        sampler = SGLD(model.parameters(), lr=0.01, temperature=1e-4, generator=noise)
+        optimizer = wrap(sampler, model, copy.deepcopy(CHAINS[chain]))
+        for t in range(5):
+            ordinary(model, optimizer, t)
+        found.append((list(model.parameters()), optimizer.state_dict()))
+    assert_same(*found)
 
 
 def test_each_layer_is_damped_only_where_the_damping_takes_it(taken):
