@@ -185,7 +185,8 @@ def measure_one(name: str, out: Path, steps: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     method, folder = METHODS[name], out / name
-    command = [str(folder / f"seed{SEEDS[0]}_step{steps:04d}.pt"), "--problem", method.file, "--out", str(folder)]
+    checkpoint = folder / f"seed{SEEDS[0]}_step{steps:04d}.pt"
+    command = [str(checkpoint), "--problem", method.file, "--out", str(folder), "--method", "auto"]
     command += ["--preconditioned"] if method.chain() else []
     with (folder / "spectrum.txt").open("w") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
