@@ -50,7 +50,7 @@ class Observer:
             x = first_input(layer.module, args, kwargs, output)
         else:
             with torch.no_grad():
-                x = layer.observe(layer.module, args, kwargs, output)
+                x = _checked(layer, layer.observe(layer.module, args, kwargs, output))
         if not isinstance(x, Tensor):  # None, or moments
             return x
         has_positions = layer.taps > 0 and isinstance(output, Tensor)
@@ -118,6 +118,19 @@ class Observer:
             seen = weakref.ref(x), x._version, axis, channel_moments(x, axis)
             self.seen[id(x)] = seen
         return seen[3]
+
+
+def _checked(layer: Layer, x: Any) -> Any:
+    """What an adapter has observed, if the layer can have been applied to it."""
+    if x is None or isinstance(x, Moments) or (isinstance(x, Tensor) and layer.one_hot):
+        return x
+    if isinstance(x, Tensor) and x.dim() > layer.taps and x.shape[layer.channel_axis(x)] == layer.inputs:
+        return x
+    got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)
+    raise ValueError(
+        f"expected an input with {layer.inputs} numbers along axis {-1 - layer.taps} of layer {layer.name!r}, "
+        f"Moments or None, got {got}; mend observe= in the adapter of {type(layer.module).__name__}"
+    )
 
 
 def _frequencies(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:

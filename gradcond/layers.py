@@ -105,6 +105,12 @@ class Layer:
         self.transposed = isinstance(module, _TRANSPOSED) if transposed is None else transposed
         own: Any = module.groups if self.convolution else 1
         self.groups: int = own if groups is None else groups
+        missing = [key for key in self.weight_names if self._attribute(key) is None]
+        if missing:
+            raise ValueError(
+                f"expected names of weights of {type(module).__name__}, got {missing[0]!r}, which it does not "
+                "have; dots lead into submodules"
+            )
         first, second, *kernel = self._attribute(self.weight_names[0]).shape
         if span is not None:
             first = span[1] - span[0]
@@ -248,9 +254,13 @@ def layers_of(module: nn.Module) -> list[Layer] | str:
     if any(isinstance(p, UninitializedParameter) for p in module.parameters()):
         return "its weight has no shape yet (lazy module)"
     found = adapter(module)
+    if isinstance(found, str):
+        return found
     layers = [found] if isinstance(found, Layer) else found
-    if isinstance(layers, str):
-        return layers
+    if not (isinstance(layers, Sequence) and all(isinstance(layer, Layer) for layer in layers)):
+        raise TypeError(
+            f"expected a Layer, several ones or a text from the adapter of {type(module).__name__}, got {found!r}"
+        )
     for layer in layers:
         if any(leaf not in owner._parameters for owner, leaf in layer.places.values()):
             return "its weight is computed (parametrized), not a parameter"

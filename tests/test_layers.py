@@ -226,6 +226,44 @@ def test_only_module_classes_and_names_are_registered(registry, kind):
     assert _adapters == before
 
 
+class Own(nn.Linear):
+    """With an adapter of its own."""
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (
+            lambda module: None,
+            TypeError,
+            "expected a Layer, several ones or a text from the adapter of Own, got None",
+        ),
+        (lambda module: [module], TypeError, r"expected a Layer, several ones or a text .*got \[Own"),
+        (
+            lambda module: Layer("", module, weight="wieght"),
+            ValueError,
+            "expected names of weights of Own, got 'wieght'",
+        ),
+    ],
+)
+def test_an_adapter_that_returns_no_layer_is_refused(registry, adapter, error, message):
+    model = Own(4, 3)
+    register_layer(Own, adapter)
+    with pytest.raises(error, match=message):
+        gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize(("seen", "got"), [(lambda x: x[:, :2], r"shape \(5, 2\)"), (list, r"\[tensor")])
+def test_an_input_that_the_layer_cannot_have_is_refused(registry, seen, got):
+    model = Own(4, 3)
+    register_layer(Own, lambda module: Layer("", module, observe=lambda m, args, kwargs, output: seen(args[0])))
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+    with pytest.raises(ValueError, match=f"an input with {model.in_features} numbers along axis -1.*got {got}"):
+        model(torch.randn(5, model.in_features))
+    optimizer.step()
+
+
 @pytest.mark.parametrize("settings", [{}, {"ghost": 5}, {"taps": True}], ids=str)
 def test_a_convolution_inside_a_registered_module_has_moments_per_channel(registry, settings):
     """Which positions its taps meet only the module knows, so taps are tied; ghost rows are whole samples."""
