@@ -343,7 +343,10 @@ class Engine:
         self._ask_due()
 
     def forget(self) -> None:
-        """Starts all statistics anew."""
+        """Starts all statistics anew: a bare optimizer's state has been loaded."""
+        if not self.chain or self.loaded:  # `conditioning` may have been loaded by itself
+            return
+        warnings.warn("the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=3)
         self.states, self.network = [{} for _ in self.chain], [{} for _ in self.chain]
         self.fixed_maps.clear()
         self._ask_due()
