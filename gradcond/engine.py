@@ -475,7 +475,8 @@ class Engine:
             self.warned.add(layer.name)
             warnings.warn(
                 f"layer {layer.name!r} has a gradient, but none of its inputs were seen: expected its forward "
-                "pass in training mode, through the module's call. Its gradient goes through as it is",
+                "pass in training mode, through the module's call. Its gradient goes through as it is; of a module "
+                "that is called in a way of its own, register_layer shows the input",
                 stacklevel=2,
             )
 
