@@ -115,6 +115,8 @@ class Attachment:
     def _load_state(self, optimizer: Optimizer) -> None:
         if self._loading is not None:
             self._engine.load_state_dict(self._loading)
+        else:
+            self._engine.forget()
         self._loading = None
 
 

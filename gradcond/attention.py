@@ -25,9 +25,9 @@ def _projections(module: nn.MultiheadAttention) -> list[Layer]:
     return [*layers, out]
 
 
-def _argument(name: str, i: int) -> Callable[..., Tensor]:
-    """Observes one of the three arguments."""
-    return lambda module, args, kwargs, output: args[i] if i < len(args) else kwargs[name]
+def _argument(name: str, i: int) -> Callable[..., Tensor | None]:
+    """Observes one of the three arguments; None where a subclass is called otherwise."""
+    return lambda module, args, kwargs, output: args[i] if i < len(args) else kwargs.get(name)
 
 
 def heads_output(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> Tensor | None:

@@ -343,7 +343,10 @@ class Engine:
         self._ask_due()
 
     def forget(self) -> None:
-        """Starts all statistics anew."""
+        """Starts all statistics anew: a bare optimizer's state has been loaded."""
+        if not self.chain or self.loaded:  # `conditioning` may have been loaded by itself
+            return
+        warnings.warn("the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=3)
         self.states, self.network = [{} for _ in self.chain], [{} for _ in self.chain]
         self.fixed_maps.clear()
         self._ask_due()
@@ -472,7 +475,8 @@ class Engine:
             self.warned.add(layer.name)
             warnings.warn(
                 f"layer {layer.name!r} has a gradient, but none of its inputs were seen: expected its forward "
-                "pass in training mode, through the module's call. Its gradient goes through as it is",
+                "pass in training mode, through the module's call. Its gradient goes through as it is; of a module "
+                "that is called in a way of its own, register_layer shows the input",
                 stacklevel=2,
             )
 

@@ -55,13 +55,18 @@ class Observer:
             return x
         if not isinstance(x, Tensor):
             raise TypeError(f"expected observe of layer {layer.name!r} to return a tensor, got {type(x).__name__}")
+        sequences = x.size(0) if x.is_nested else 0
+        if x.is_nested or x.layout is not torch.strided:
+            x = x.detach()
+            x = torch.cat(x.unbind()) if x.is_nested else x.to_dense()
         has_positions = layer.taps > 0 and isinstance(output, Tensor)
         if x.numel() == 0 or (has_positions and output.numel() == 0):
             return None
         axis = layer.channel_axis(x)
         if layer.one_hot:
-            return Moments(x.numel(), x.shape[0] if x.dim() else 1, x.numel(), *_frequencies(layer, x))
-        if x.shape[axis] != layer.inputs:
+            samples = sequences or (x.shape[0] if x.dim() else 1)
+            return Moments(x.numel(), samples, x.numel(), *_frequencies(layer, x))
+        if x.dim() <= layer.taps or x.shape[axis] != layer.inputs:
             raise ValueError(
                 f"expected the input of layer {layer.name!r} ({type(layer.module).__name__}) to have "
                 f"{layer.inputs} numbers along axis {axis}, got shape {tuple(x.shape)}; let its adapter say "
@@ -69,7 +74,7 @@ class Observer:
             )
         count = x.numel() // x.shape[axis]
         rows = output.numel() // (layer.units * layer.groups) if has_positions else count
-        samples = x.shape[0] if axis > 0 else 1
+        samples = sequences or (x.shape[0] if axis > 0 else 1)
         if self.ghost is not None and axis > 0:
             x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)
             count = min(count, x.numel() // x.shape[layer.channel_axis(x)])

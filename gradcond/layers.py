@@ -30,15 +30,10 @@ class Rows(NamedTuple):
     bias: Tensor | None  # (..., groups, out)
 
 
-def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-    """What most layers are applied to: their call's first argument."""
-    if not args and "input" not in kwargs:
-        raise TypeError(
-            f"expected {type(module).__name__} to be called with its input first, or as input=, got "
-            f"{list(kwargs)}; register an adapter whose Layer says observe="
-        )
-    x: Tensor = args[0] if args else kwargs["input"]
-    return x
+def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+    """What most layers are applied to: their call's first argument; None where a subclass is called otherwise."""
+    x = args[0] if args else kwargs.get("input")
+    return x if isinstance(x, Tensor) else None
 
 
 class Layer:

@@ -56,6 +56,8 @@ def is_matrix(x: Tensor) -> bool:
     """Can `moments_of_matrices` take it, in one of its kernel's calls?"""
     if (x.dtype is not torch.float32 and x.dtype is not torch.float64) or not _is_plain(x):
         return False
+    if x.is_nested or x.layout is not torch.strided:
+        return False
     return x.dim() == 2 and x.is_contiguous() and x.numel() > 0 and (x.shape[1] >= 64 or x.numel() < 2**15)
 
 

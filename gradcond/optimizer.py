@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,9 +116,8 @@ class ConditionedOptimizer(Optimizer):
         self.optimizer.load_state_dict(inner)
         if _KEY in state_dict:
             self._engine.load_state_dict(state_dict[_KEY])
-        elif self.conditioners and not self._engine.loaded:  # `conditioning` may have been loaded by itself
+        else:
             self._engine.forget()
-            warnings.warn("the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=2)
 
     @property
     def conditioning(self) -> Conditioning:

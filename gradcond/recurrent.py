@@ -79,7 +79,8 @@ class _States:
         """Takes the moments at a depth of one call; None when it has no rows."""
 
         def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Moments | None:
-            if _data(output[0]).numel() == 0:
+            called_as_usual = isinstance(output, tuple) and (args or "input" in kwargs)  # as a subclass may not be
+            if not called_as_usual or _data(output[0]).numel() == 0:
                 return None
             return moments(self._depths(module, args, kwargs, output)[depth])
 

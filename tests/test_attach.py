@@ -50,6 +50,19 @@ def test_lbfgs_and_closures_by_keyword(keyword):
     assert torch.equal(run(twin, optimizer), expected)
 
 
+@pytest.mark.parametrize("front", [wrap, attach])
+def test_a_bare_state_starts_the_statistics_anew(front):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = copy.deepcopy(optimizer.state_dict())
+    handle = front(optimizer, model, [BNP()])
+    owner = handle if front is wrap else optimizer
+    train(model, owner, 3)
+    with pytest.warns(UserWarning, match="of a bare optimizer: gradcond's statistics start anew"):
+        owner.load_state_dict(state)
+    assert "no statistics yet" in str(handle.report())
+
+
 def test_remove_leaves_a_bare_optimizer():
     model, twin = network(), network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

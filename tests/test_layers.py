@@ -252,7 +252,6 @@ ADAPTERS = {
         TypeError,
         "layer '0' to return a tensor, got list",
     ),
-    "keyword": (dict(weight="kernel", transposed=True), TypeError, r"got \['hidden'\]; register an adapter"),
 }
 
 
@@ -280,6 +279,67 @@ def test_only_module_classes_and_names_are_registered(registry, kind):
     with pytest.raises(TypeError, match=r"expected a subclass of torch\.nn\.Module or its full name, got"):
         register_layer(kind, graph_layer)
     assert _adapters == before
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|Sparse CSR tensor support is in beta)")
+@pytest.mark.parametrize("kind", ["jagged", "strided", "sparse", "sparse_csr"])
+def test_rows_of_nested_and_sparse_inputs_count_as_those_of_dense_ones(kind):
+    def pack(parts):
+        if kind in ("jagged", "strided"):
+            return torch.nested.nested_tensor(parts, layout=getattr(torch, kind))
+        return getattr(torch.cat(parts), f"to_{kind}")()
+
+    parameters = []
+    for build in (pack, torch.cat):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [BNP()])
+        for _ in range(3):
+            y = model(build([1 + torch.randn(2, 4), torch.randn(5, 4)]))
+            (torch.cat(y.unbind()) if y.is_nested else y).pow(3).mean().backward()
+            optimizer.step()
+        parameters.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert_close(*parameters, rtol=1e-12, atol=1e-12)
+
+
+class Late(nn.Linear):
+    """Called with its input last, by a name of its own."""
+
+    def forward(self, scale, *, rows):
+        return scale * super().forward(rows)
+
+
+class Sequences(nn.LSTM):
+    """Puts out its states alone."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class Attending(nn.MultiheadAttention):
+    """To itself."""
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("build", "call", "left_alone"),
+    [
+        (lambda: Late(4, 3), lambda model, x: model(2.0, rows=x), {""}),
+        (lambda: Sequences(4, 3), nn.Module.__call__, {"l0"}),
+        (lambda: Attending(4, 2), nn.Module.__call__, {"key", "value", "out_proj"}),
+    ],
+    ids=["linear", "recurrent", "attention"],
+)
+def test_layers_called_in_a_way_of_their_own_are_left_alone_with_a_warning(build, call, left_alone):
+    model = build()
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [BNP()])
+    call(model, torch.randn(5, 2, 4)).pow(3).mean().backward()
+    with pytest.warns(UserWarning, match="register_layer shows the input"):
+        optimizer.step()
+    texts = optimizer.report().conditioned
+    assert {name for name, (text,) in texts.items() if "no statistics yet" in text} == left_alone
 
 
 @pytest.mark.parametrize("settings", [{}, {"ghost": 5}, {"taps": True}], ids=str)
