@@ -108,7 +108,12 @@ def _differences(state: Mapping[str, Any], expected: Mapping[str, Any]) -> list[
         for key, value in expected.items()
         if isinstance(value, Tensor) and isinstance(state.get(key), Tensor) and state[key].shape != value.shape
     ]
-    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped))
+    other = [
+        f"{key} is a {kind(state[key])}"
+        for key, value in expected.items()
+        if isinstance(value, Tensor) and not isinstance(state.get(key, value), Tensor)
+    ]
+    found = (("missing", missing), ("unexpected", unexpected), ("of another shape", shaped), ("no tensor", other))
     return [f"{len(keys)} {what} ({_few(keys)})" for what, keys in found if keys]
 
 

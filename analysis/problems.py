@@ -3,6 +3,7 @@
 A problem file is plain Python, named by the user, with `build_model()` -> torch.nn.Module, `load_data()` ->
 iterable of (input, target) batches, and `loss_fn(output, target)` -> scalar. It can import siblings. For a
 loss of unknown weighting on uneven batches it may define `weight_fn(batch)`: see gradcond.curvature.Hessian.
+Where loss_fn is a gradcond.curvature.ModelLoss, batches are of any form.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from command import InputError
 from torch import Tensor, nn
+
+from gradcond.curvature import ModelLoss
 
 PROBLEM_NAMES = ("build_model", "load_data", "loss_fn")
 
@@ -52,10 +55,11 @@ class Problem:
             )
         return model
 
-    def load_data(self, *, seed: int = 0) -> list[tuple[Any, Any]]:
-        """Return all (input, target) batches, read once so that every product sees the same ones.
+    def load_data(self, *, seed: int = 0) -> list[Any]:
+        """Return all batches, read once so that every product sees the same ones.
 
-        A loader that shuffles or augments draws from `seed`; the global generator is left as it was.
+        They are (input, target), or of any form for a ModelLoss. A loader that shuffles or augments draws from
+        `seed`; the global generator is left as it was.
         """
         with torch.random.fork_rng(devices=[]), _importing_beside(self.path):
             torch.manual_seed(seed)
@@ -65,6 +69,8 @@ class Problem:
                 f"{self.path}: load_data() must give at least one (input, target) batch, got none; "
                 "check the path and the split it reads"
             )
+        if isinstance(self.loss_fn, ModelLoss):
+            return batches
         for batch in batches:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise InputError(

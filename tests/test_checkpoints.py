@@ -15,6 +15,8 @@ from checkpoints import load_checkpoint
 from command import InputError, labels, replacing, to_json
 from problems import load_problem, to
 
+from gradcond.curvature import Hessian
+
 PROBLEM = """
 import torch
 from torch import nn
@@ -119,6 +121,17 @@ BAD_DATA = {
 def test_bad_data_are_told(problem_file, data, words):
     problem_file.write_text(f"{PROBLEM}def load_data(): return {data}")
     assert_error([str(problem_file), *words], load_problem(problem_file).load_data)
+
+
+def test_a_loss_that_calls_the_model_takes_batches_of_any_form(problem_file):
+    problem_file.write_text(
+        f"{PROBLEM}from gradcond.curvature import ModelLoss\n"
+        "def load_data(): return [{'x': torch.ones(4, 3), 'y': torch.zeros(4, 1)}]\n"
+        "loss_fn = ModelLoss(lambda model, batch: (model(batch['x']) - batch['y']).square().mean())"
+    )
+    problem = load_problem(problem_file)
+    data, model = problem.load_data(), problem.build_model()
+    assert Hessian(model, problem.loss_fn, data).loss() == model(torch.ones(4, 3)).square().mean()
 
 
 def test_a_bad_model_is_told(problem_file):
@@ -229,6 +242,8 @@ def test_another_architecture_is_told_with_the_first_few_names(tmp_path):
     words = ["another architecture", "4 unexpected (1.weight, 1.bias, 3.weight, ... 1 more)"]
     words += ["0.weight is (3, 3), not (2, 3)", "build_model()"]
     assert_error(words, checkpoint.load_into, model)
+    other = load_checkpoint(saved(tmp_path, {**build().state_dict(), "0.bias": 5}))
+    assert_error(["1 no tensor (0.bias is a int)", "build_model()"], other.load_into, model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert_error(["4 missing (1.weight"], load_checkpoint(saved(tmp_path, model.state_dict())).load_into, deep)
 

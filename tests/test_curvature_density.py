@@ -7,7 +7,7 @@ from known_spectra import Hidden, matrix
 from scipy.stats import wasserstein_distance
 from torch.testing import assert_close
 
-from gradcond.curvature import exact_spectrum, spectral_density, trace, tridiagonalize
+from gradcond.curvature import Operator, exact_spectrum, spectral_density, trace, tridiagonalize
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from
 from gradcond.curvature.pooling import pooled
@@ -207,3 +207,20 @@ def test_the_same_seed_gives_the_same_density():
     A = bulk_with_outliers(0)[0]
     one, same, other = (spectral_density(A, 32, 3, seed) for seed in (1, 1, 2))
     assert torch.equal(one.density, same.density) and not torch.equal(one.nodes, other.nodes)
+
+
+class Rounded(Operator):
+    """Products of a float32 operator as a half-precision part makes them."""
+
+    def __init__(self, A):
+        super().__init__(len(A), torch.float32, A.device)
+        self.A = A.float()
+
+    def _columns(self, V):
+        return (self.A @ V).bfloat16().float()
+
+
+def test_noise_beyond_the_dtype_makes_no_eigenvalues():
+    eigenvalues = torch.cat([torch.tensor([4.0, 3.0, 2.0]), torch.rand(997) ** 6])
+    density = spectral_density(Rounded(matrix(eigenvalues)), 80, 5)
+    assert density.lambda_max == pytest.approx(4, abs=5e-3) and density.lambda_min > -5e-3

@@ -21,7 +21,24 @@ from dense_curvature import assert_same_operator, dense_ggn, dense_hessian, spli
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
+from gradcond.curvature import (
+    GGN,
+    DiagonalFactor,
+    EmpiricalFisher,
+    Hessian,
+    ModelLoss,
+    MonteCarloFisher,
+    Preconditioned,
+    condition_number,
+    diagonal,
+    eigsh,
+    exact_spectrum,
+    frobenius_norm,
+    preflight,
+    spectral_density,
+    trace,
+    tridiagonalize,
+)
 from gradcond.curvature.passes import SWITCHES, Draws
 from gradcond.curvature.products import Trial, probe
 from gradcond.curvature.snapshot import _Copy
@@ -733,6 +750,63 @@ def test_bad_options():
         Hessian(model, nn.CrossEntropyLoss(), [(x, y)], chunk=0)
     with pytest.raises(ValueError, match="output="):
         ModelLoss(lambda model, batch: 0, target=lambda batch: batch)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_hooks_of_modules_are_left_out(kind, method):
+    model, x, y = problem()
+    expected = kind(model, nn.CrossEntropyLoss(), [(x, y)]).to_dense()
+    calls = []
+
+    def halve(module, grad_input, grad_output):
+        calls.append(module)
+        return tuple(g / 2 for g in grad_input)
+
+    model[3].register_full_backward_hook(halve)
+    model[3].register_full_backward_pre_hook(lambda module, grad_output: (calls.append(module), grad_output)[1])
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], method=method)
+    assert_same_operator(H, expected)
+    kept = H._kept
+    assert_same_operator(H, expected)
+    assert H._kept is kept and not calls
+    F.cross_entropy(model(x), y).backward()
+    assert len(calls) == 2  # they are back
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_default_device(kind):
+    model, x, y = problem()
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+
+    def found():
+        H = kind(model, nn.CrossEntropyLoss(), data, method="double_backward")
+        K = Preconditioned(H, DiagonalFactor(torch.full((43,), 0.5, device="cpu")))
+        numbers = [
+            *(eigsh(K, 2).eigenvalues, spectral_density(H, 5, 2).density, spectral_density(H).cdf),
+            *(trace(H, 30).estimate, trace(H, 6, method="xtrace").estimate, diagonal(H, 9).std_error),
+            *(frobenius_norm(H, 9).interval()[0], exact_spectrum(H).eigenvalues, H.block("0.*").to_dense()),
+            *(K.block(H.slices["0.bias"]).to_dense(), tridiagonalize(H, steps=3).alphas),
+        ]
+        return numbers, condition_number(H).kappa_lower_bound, preflight(H).noise
+
+    expected = found()
+    with torch.device("meta"):  # as set_default_device("cuda") does where the model is elsewhere
+        there = found()
+    torch.testing.assert_close(there, expected)
+
+
+def test_estimates_within_autocast():
+    model, x, y = problem(40)
+    G = GGN(model.float(), nn.CrossEntropyLoss(), [(x.float(), y)], method="double_backward")
+    exact = eigsh(G, 2).eigenvalues
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = eigsh(G, 2, tol=2e-2)
+        assert condition_number(G).lambda_max == pytest.approx(float(exact[0]), rel=2e-2)
+    assert pairs.converged.all()
+    torch.testing.assert_close(pairs.eigenvalues, exact, rtol=2e-2, atol=0)
+    Q = pairs.eigenvectors
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(2, dtype=Q.dtype), rtol=0, atol=1e-5)
 
 
 def cut_a_layer(model):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Result = TypeVar("Result")
 SEGMENT, LEAST_SEGMENT, SEGMENT_NUMBERS = 32, 16, 1 << 19  # vectors allocated at a time
 CHUNK = 1 << 18  # numbers held in float64 at a time: what a processor's cache holds
 DEVICE_CHUNK = 1 << 24  # the same on an accelerator
@@ -117,6 +120,21 @@ def reorthogonalize_(parts: list[Tensor], w: Tensor) -> Tensor:
     return first + second
 
 
+def _in_own_dtype(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Outside of autocast, which is for the products with A."""
+
+    @functools.wraps(function)
+    def wrapped(parts: list[Tensor], w: Tensor, *rest: Tensor) -> Result:
+        device = w.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(parts, w, *rest)
+        with torch.autocast(device, enabled=False):
+            return function(parts, w, *rest)
+
+    return wrapped
+
+
+@_in_own_dtype
 def _along(parts: list[Tensor], w: Tensor) -> Tensor:
     """Coefficients of w, from products in the parts' dtype."""
     coefficients = w.new_zeros(sum(map(len, parts)), len(w))
@@ -126,6 +144,7 @@ def _along(parts: list[Tensor], w: Tensor) -> Tensor:
     return coefficients
 
 
+@_in_own_dtype
 def _subtract_(parts: list[Tensor], w: Tensor, coefficients: Tensor) -> None:
     """The same back: w less the rows times the coefficients, which are small."""
     for columns in _pieces(w):

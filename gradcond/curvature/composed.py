@@ -89,7 +89,7 @@ class Block(Operator):
         A = as_operator(A)
         n = A.shape[0]
         try:
-            self.index = torch.arange(n)[index].reshape(-1).to(A.device)
+            self.index = torch.arange(n, device="cpu")[index].reshape(-1).to(A.device)
         except (IndexError, TypeError, ValueError) as error:
             raise ValueError(f"expected a slice, a mask ({n},) or whole numbers below {n}: {error}") from error
         distinct = len(self.index.unique())

@@ -135,7 +135,7 @@ def condition_number(
         resolved=smallest is not None,
         converged=done and not hidden,
         kappa_lower_bound=certified,
-        lower_bounds=torch.tensor(bounds[1:], dtype=torch.float64),
+        lower_bounds=torch.tensor(bounds[1:], dtype=torch.float64, device="cpu"),
         num_matvecs=products.count,
     )
 
@@ -173,5 +173,5 @@ def _extremes(lanczos: Lanczos, z: Tensor) -> tuple[float, float, float]:
 
 
 def _zero_matrix(products: Products) -> ConditionNumber:
-    nan, none = math.nan, torch.ones(0, dtype=torch.float64)
+    nan, none = math.nan, torch.ones(0, dtype=torch.float64, device="cpu")
     return ConditionNumber(nan, 0.0, 0.0, nan, 0.0, False, True, 1.0, none, products.count)

@@ -87,7 +87,7 @@ class SpectralDensity:
 
     def _share_error(self, kept: Tensor, below: Tensor) -> float:
         """Standard error of the share of the nodes below among those kept, over the probes; nan for one."""
-        none = torch.zeros(int(self.probes.max()) + 1, dtype=torch.float64)
+        none = torch.zeros(int(self.probes.max()) + 1, dtype=torch.float64, device="cpu")
         if len(none) == 1:
             return math.nan
         shares = [none.index_add(0, self.probes, self.weights * which) for which in (below, kept)]

@@ -51,7 +51,8 @@ class Estimate:
 
     def _turned_back(self, y: float) -> Tensor:
         """The T that is mapped to y."""
-        s = torch.as_tensor(self.skewness, dtype=torch.float64) / (3 * self.samples**0.5)
+        skewness = torch.as_tensor(self.skewness, dtype=torch.float64, device=self.estimate.device)
+        s = skewness / (3 * self.samples**0.5)
         cube = 1 + 3 * s * (y - s / 2)
         T = (cube.sign() * cube.abs() ** (1 / 3) - 1) / s
         return torch.where(s.abs() > 1e-8, T, y)
@@ -87,7 +88,7 @@ class Moments:
     """Running mean, and sums of squared and cubed deviations, block by block (Chan, Golub, LeVeque; Pebay)."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares, self.cubes = 0, *torch.zeros(3)
+        self.count, self.mean, self.squares, self.cubes = 0, *torch.zeros(3, device="cpu")
 
     def add(self, samples: Tensor) -> None:
         """Take samples (b, ...)."""

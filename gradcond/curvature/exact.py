@@ -90,6 +90,6 @@ def _condition(values: Tensor, error: float, tol: float, count: int) -> Conditio
         resolved=not math.isnan(smallest),
         converged=len(settled) == len(above),
         kappa_lower_bound=bound,
-        lower_bounds=torch.tensor([bound], dtype=torch.float64),
+        lower_bounds=torch.tensor([bound], dtype=torch.float64, device="cpu"),
         num_matvecs=count,
     )

@@ -117,7 +117,7 @@ def exchange(products: Products, omega: Tensor, block: int) -> Exchange:
     floor = max(info.eps * k * float(R.abs().max()), info.tiny)
     diagonal = R.diagonal()
     lifted = R + torch.diag(torch.where(diagonal.abs() < floor, floor, 0.0))
-    S = torch.linalg.solve_triangular(lifted.mT, torch.eye(k).to(R), upper=False)
+    S = torch.linalg.solve_triangular(lifted.mT, torch.eye(k, dtype=R.dtype, device=R.device), upper=False)
     S = S / S.norm(dim=0)
     omega = omega.double()
     W = Q.mT @ omega

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradcond.curvature.culprit import culprit
 from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
-from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, working_dtype
+from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, normal, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
 from gradcond.curvature.processes import Processes
 from gradcond.curvature.products import METHODS, Parts, Probe, Product, Trial, fastest_together, grad, probe
@@ -156,7 +156,7 @@ class LossOperator(Operator):
     @property
     def slices(self) -> dict[str, slice]:
         """Where each parameter lies in a vector: ``v[H.slices[name]].view(shape)``."""
-        ends = torch.tensor([p.numel() for p in self.parameters]).cumsum(0).tolist()
+        ends = torch.tensor([p.numel() for p in self.parameters], device="cpu").cumsum(0).tolist()
         return {name: slice(start, end) for name, start, end in zip(self.names, [0, *ends], ends, strict=False)}
 
     def block(self, *which: Any) -> Operator:
@@ -184,7 +184,7 @@ class LossOperator(Operator):
 
     def _whole(self, index: Tensor) -> list[str] | None:
         """The parameters that an index goes through whole and in order, None where it does not."""
-        held = torch.zeros(self.shape[0], dtype=torch.bool)
+        held = torch.zeros(self.shape[0], dtype=torch.bool, device="cpu")
         held[index.cpu()] = True
         names = [name for name, own in self.slices.items() if bool(held[own].all())]
         count = sum(own.stop - own.start for name, own in self.slices.items() if name in names)
@@ -232,8 +232,7 @@ class LossOperator(Operator):
             ValueError: the products differ by more than rounding explains.
         """
         if self._noise is None:
-            v = torch.randn(self.shape[0], generator=generator_from(0), dtype=torch.float64)
-            v = v.to(self.device, working_dtype(self.dtype))
+            v = normal(self.shape[0], generator_from(0)).to(self.device, working_dtype(self.dtype))
             self._seed = 1
             try:
                 other = sketch([self @ v])
@@ -401,7 +400,8 @@ class LossOperator(Operator):
         """A vector for a trial, or several stacked: a wrong derivative does not hide from it."""
         generator, dtype = generator_from(0), working_dtype(self.dtype)
         # each its own memory: tangents that are views of a vector would be copied
-        drawn = [torch.randn(*columns, *p.shape, generator=generator, dtype=dtype) for p in parameters]
+        options: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
+        drawn = [torch.randn(*columns, *p.shape, **options) for p in parameters]
         return [part.to(p) for part, p in zip(drawn, parameters, strict=True)]
 
     def _rows(

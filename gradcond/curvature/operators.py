@@ -236,7 +236,7 @@ class Products:
 
     def gaussian(self, generator: torch.Generator) -> Tensor:
         """A standard normal vector (n,), drawn on the CPU so that every device sees the same one."""
-        return torch.randn(self.n, generator=generator, dtype=torch.float64).to(self.device, self.work_dtype)
+        return normal(self.n, generator).to(self.device, self.work_dtype)
 
 
 class _FromSciPy:
@@ -254,3 +254,13 @@ class _FromSciPy:
 def generator_from(seed: int) -> torch.Generator:
     """A generator of its own, on the CPU: the same numbers on every device, the global state untouched."""
     return torch.Generator().manual_seed(seed)
+
+
+def normal(n: int, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers (n,), float64 on the CPU: the same on every device."""
+    return torch.randn(n, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def signs(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """Random signs (n, count), int8 on the CPU."""
+    return torch.randint(0, 2, (n, count), generator=generator, dtype=torch.int8, device="cpu") * 2 - 1

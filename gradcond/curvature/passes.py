@@ -126,7 +126,7 @@ def left_as_found(
 
     ``only_torch`` is for what is known to draw nothing from Python's and NumPy's generators.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _switched(model), _without_hooks(parameters):
+    with torch.inference_mode(False), torch.enable_grad(), _switched(model), _without_hooks(model, parameters):
         with _seeded(data, seed, only_torch):
             yield
 
@@ -169,16 +169,22 @@ def _normalized(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 @contextmanager
-def _without_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """A gradient hook on a parameter changes what is learned, not the loss whose curvature we want."""
+def _without_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+    """A gradient hook on a parameter or module changes what is learned, not the loss whose curvature we want."""
     hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks is not None]
+    tables = [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks) if table]
+    contents = [dict(table) for table in tables]
     try:
         for p, _ in hooks:
             p._backward_hooks = None
+        for table in tables:
+            table.clear()
         yield
     finally:
         for p, found in hooks:
             p._backward_hooks = found
+        for table, own in zip(tables, contents, strict=True):
+            table.update(own)
 
 
 class Draws:

@@ -36,7 +36,8 @@ def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
     last = np.eye(rank)[ends - 1]  # A Q = Q T + R last
     T = block_diag(*[np.diag(run.alphas) + np.diag(run.betas, 1) + np.diag(run.betas, -1) for run in runs])
     # an orthonormal basis Q C of the joint span; what several runs have found is in it once
-    cut = max(10 * runs[0].products.eps, 1e-8)  # of squared sines; the rounding of G, 1e-16, must stay far below
+    eps = max(runs[0].products.eps, *(2 * run.noise * run.size**0.5 / (run.scale or 1.0) for run in runs))
+    cut = max(10 * eps, 1e-8)  # of squared sines; the rounding of G, 1e-16, must stay far below
     g, V = eigh(G)
     C = V[:, g > cut] / np.sqrt(g[g > cut])
     H = C.T @ (G @ T + QR @ last) @ C
@@ -44,7 +45,7 @@ def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
     Y = C @ S
     ends_of_y = last @ Y
     outside = RR - QR.T @ C @ C.T @ QR
-    rounding = runs[0].products.eps * np.abs(nodes).max()
+    rounding = eps * np.abs(nodes).max()
     residuals = np.sqrt(np.maximum((ends_of_y * (outside @ ends_of_y)).sum(0), rounding**2))
     # with M = G^-1, u = M Q^T y and the rows i of one run: |W^T y|^2 = y^T Q u - u_i^T M_ii^-1 u_i, and
     # <w, y> is the first entry of M_ii^-1 u_i (block elimination)

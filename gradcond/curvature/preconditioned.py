@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcond.curvature.composed import Block, as_operator
 from gradcond.curvature.factors import Factor, require_factor
-from gradcond.curvature.operators import Operator, generator_from, working_dtype
+from gradcond.curvature.operators import Operator, generator_from, normal, working_dtype
 
 
 class Preconditioned(Operator):
@@ -42,7 +42,7 @@ class Preconditioned(Operator):
         self.M, self.H = require_factor(M), as_operator(H)
         super().__init__(self.H.shape[0], self.H.dtype, self.H.device, parts=[self.H])
         generator = generator_from(0)
-        u, v = (torch.randn(self.shape[0], generator=generator, dtype=torch.float64) for _ in range(2))
+        u, v = (normal(self.shape[0], generator) for _ in range(2))
         u, v = (w.to(self.device, working_dtype(self.dtype)) for w in (u, v))
         image = self._apply("factor", u).double()
         left, right = image @ v.double(), u.double() @ self._apply("factor_transpose", v).double()
@@ -58,7 +58,7 @@ class Preconditioned(Operator):
         whole = Block(self, index)
         own, n = whole.index, self.shape[0]
         z = torch.zeros(n, dtype=working_dtype(self.dtype), device=self.device)
-        z[own] = torch.randn(len(own), generator=generator_from(1), dtype=torch.float64).to(z)
+        z[own] = normal(len(own), generator_from(1)).to(z)
         outside = torch.ones(n, dtype=torch.bool, device=self.device)
         outside[own] = False
         if any(bool(self._apply(name, z)[outside].any()) for name in ("factor", "factor_transpose")):

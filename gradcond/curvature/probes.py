@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradcond.curvature.estimates import Estimate, Moments
 from gradcond.curvature.exchange import Exchange, Turns, exchange, in_blocks
-from gradcond.curvature.operators import Products, generator_from
+from gradcond.curvature.operators import Products, generator_from, signs
 
 LEAST_BLOCK, MOST_BLOCK, BLOCK_NUMBERS = 8, 64, 1 << 20  # probes multiplied together share the passes
 STORE = 1 << 25  # numbers: vectors that fit in here may be kept
@@ -59,7 +59,7 @@ def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int
     moments = Moments()
     for start in range(0, num_matvecs - 2 * count, block):
         z = _signs(products, min(block, num_matvecs - 2 * count - start), generator)
-        mass = torch.ones(())
+        mass = torch.ones((), device="cpu")
         if quantity.projected and count:
             z = known.outside(z.double())
             # as long as the rest of the space is wide
@@ -137,5 +137,4 @@ def _check_symmetry(products: Products, z: Tensor, image: Tensor) -> None:
 
 
 def _signs(products: Products, count: int, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, (products.n, count), generator=generator, dtype=torch.int8) * 2 - 1
-    return signs.to(products.device, products.work_dtype)
+    return signs(products.n, count, generator).to(products.device, products.work_dtype)

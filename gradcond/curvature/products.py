@@ -57,7 +57,7 @@ def warm_forward_mode() -> None:
     """The first dual number makes torch load its decompositions, by a function that it deprecates itself."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+        forward_ad.make_dual(*torch.zeros(2, 1, device="cpu"))
 
 
 @contextmanager

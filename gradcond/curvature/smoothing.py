@@ -25,17 +25,17 @@ def evaluation_grid(grid: str | Tensor, nodes: Tensor, eps: float) -> Tensor:
     # a spectrum of one point gets a range of its own size
     room = PADDING * (high - low) if high - low > 1e-3 * top else PADDING * (top or 1.0)
     if grid == "linear":
-        return torch.linspace(low - room, high + room, POINTS, dtype=torch.float64)
+        return torch.linspace(low - room, high + room, POINTS, dtype=torch.float64, device="cpu")
     if grid == "symlog":
         unit = LINEAR_PART * (top or 1.0)
         start, end = math.asinh((low - room) / unit), math.asinh((high + room) / unit)
-        return unit * torch.linspace(start, end, POINTS, dtype=torch.float64).sinh()
+        return unit * torch.linspace(start, end, POINTS, dtype=torch.float64, device="cpu").sinh()
     if grid == "log":
         if not low > eps * top:
             raise ValueError(f'expected positive eigenvalues for a log grid, got {low:.3g}; use "symlog"')
         room = PADDING * (math.log(high / low) + 1)
         start, end = math.log(low) - room, math.log(high) + room
-        return torch.linspace(start, end, POINTS, dtype=torch.float64).exp()
+        return torch.linspace(start, end, POINTS, dtype=torch.float64, device="cpu").exp()
     raise ValueError(f'grid must be "linear", "symlog", "log" or a tensor, got {grid!r}')
 
 
@@ -43,7 +43,7 @@ def smooth(grid: Tensor, nodes: Tensor, weights: Tensor, uncertainty: Tensor, re
     """Density (..., g) on the grid (g,) of nodes (m,) ascending, each a Gaussian of mass its weight (..., m)."""
     # as wide as the node is uncertain, no wider than the way to its nearer neighbour, the reach-th on a side ...
     gaps = nodes[reach:] - nodes[:-reach]
-    wide = torch.full((min(reach, len(nodes)),), torch.inf, dtype=nodes.dtype)
+    wide = torch.full((min(reach, len(nodes)),), torch.inf, dtype=nodes.dtype, device="cpu")
     width = torch.minimum(uncertainty, torch.minimum(torch.cat([gaps, wide]), torch.cat([wide, gaps])))
     # ... and no narrower than 1.5 steps: on one, single eigenvalues of a dense bulk would show as ripples
     place = torch.searchsorted(grid, nodes).clamp(1, len(grid) - 1)

@@ -180,6 +180,7 @@ class _Same:
         return isinstance(other, _Same) and other.thing is self.thing
 
 
+_UNUSED = ("_backward_hooks", "_backward_pre_hooks")
 _NESTS = (list, tuple, Mapping, np.ndarray, types.MethodType)
 _TABLES = (dict, OrderedDict)
 
@@ -229,8 +230,8 @@ def _parts(thing: Any, depth: int) -> Iterator[Any]:
         if isinstance(thing, nn.Module) and _is_own(type(thing).forward):
             yield type(thing).forward
         for name, value in vars(thing).items():
-            # most of a module is empty tables of hooks: left out for speed
-            if value is not None and not (isinstance(value, dict) and not value):
+            # most of a module is empty tables of hooks: left out for speed; those of gradients are not run
+            if name not in _UNUSED and value is not None and not (isinstance(value, dict) and not value):
                 yield name
                 yield value
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradcond.curvature.dense import eigenvalues
 from gradcond.curvature.density import SpectralDensity, exact_density
 from gradcond.curvature.lanczos import Lanczos
-from gradcond.curvature.operators import Products, generator_from
+from gradcond.curvature.operators import Products, generator_from, signs
 from gradcond.curvature.pooling import pooled
 from gradcond.curvature.smoothing import cumulative, evaluation_grid, smooth
 
@@ -84,8 +84,8 @@ def spectral_density(
     nodes = torch.cat([own.expand_as(weights).flatten() for own, weights, _ in measures])
     residuals = torch.cat([own.expand_as(weights).flatten() for _, weights, own in measures])
     weights = torch.cat([weights.flatten() for _, weights, _ in measures]) / count
-    sizes = torch.tensor([weights.shape[1] for _, weights, _ in measures for _ in weights])
-    probes = torch.repeat_interleave(torch.arange(count), sizes)
+    sizes = torch.tensor([weights.shape[1] for _, weights, _ in measures for _ in weights], device="cpu")
+    probes = torch.repeat_interleave(torch.arange(count, device="cpu"), sizes)
     order = nodes.argsort(stable=True)
     return SpectralDensity(
         nodes=nodes[order],
@@ -115,8 +115,8 @@ def _pools(products: Products, steps: int, num_probes: int, generator: torch.Gen
 
 def _run(products: Products, steps: int, generator: torch.Generator) -> Lanczos:
     """Lanczos from random signs; an invariant space ends it early."""
-    signs = torch.randint(0, 2, (products.n,), generator=generator, dtype=torch.int8) * 2 - 1
-    lanczos = Lanczos(products, signs.to(products.device, products.work_dtype), generator=generator)
+    start = signs(products.n, 1, generator)[:, 0]
+    lanczos = Lanczos(products, start.to(products.device, products.work_dtype), generator=generator)
     lanczos.step()
     while lanczos.size < steps and not lanczos.invariant:
         lanczos.step()

@@ -79,8 +79,8 @@ def tridiagonalize(A: Any, v0: Tensor | None = None, *, steps: int, seed: int = 
     residual = lanczos.residual * (not lanczos.invariant)
     return Tridiagonal(
         basis=lanczos.basis.mT,
-        alphas=torch.tensor(lanczos.alphas, dtype=torch.float64),
-        betas=torch.tensor(lanczos.betas, dtype=torch.float64),
+        alphas=torch.tensor(lanczos.alphas, dtype=torch.float64, device="cpu"),
+        betas=torch.tensor(lanczos.betas, dtype=torch.float64, device="cpu"),
         residual=residual.to(products.work_dtype),
         asymmetry=lanczos.asymmetry,
     )
