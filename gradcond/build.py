@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -59,6 +60,11 @@ def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:
             raise TypeError(
                 f"unknown conditioner: expected instances of {sorted(Conditioner.registry)}, such as BNP(), "
                 f"got {_kind(conditioner)}"
+            )
+        if not dataclasses.is_dataclass(conditioner):
+            raise TypeError(
+                f"expected dataclasses, whose fields are the settings, got the class {conditioner.name}; decorate "
+                "it with @dataclasses.dataclass"
             )
     rank = [2 * c.comes_last + c.uses_rate for c in chain]
     if any(a > b for a, b in itertools.pairwise(rank)) or sum(map(bool, rank)) > len(set(rank) - {0}):

@@ -7,7 +7,7 @@ import torch
 from cases import backward, build, flat, wrapped
 from torch import nn
 
-from gradcond import BNP, GradientCentralization, WeightStandardization, load_preconditioner, wrap
+from gradcond import BNP, Conditioner, GradientCentralization, WeightStandardization, load_preconditioner, wrap
 
 
 def model_and_optimizer():
@@ -62,6 +62,18 @@ def test_wrap_refuses_a_parameter_twice():
     optimizer = torch.optim.SGD([model.weight, model.weight, model.bias], lr=0.1)
     with pytest.raises(ValueError, match="expected every parameter once, but the optimizer holds 'weight' twice"):
         wrap(optimizer, model, [BNP()])
+
+
+def test_wrap_refuses_a_method_that_is_no_dataclass(monkeypatch):
+    monkeypatch.setattr(Conditioner, "registry", dict(Conditioner.registry))
+
+    class Plain(Conditioner):
+        def row_map(self, layer, state):
+            return None
+
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(TypeError, match=r"dataclasses, whose fields .* got the class Plain; decorate it"):
+        wrap(optimizer, model, [Plain()])
 
 
 def test_wrap_refuses_a_differentiable_optimizer():
