@@ -91,8 +91,7 @@ class BNP(Conditioner):
             raise ValueError(f'BNP: scale must be "rows", "batch" or None, got {self.scale!r}')
         if self.start not in ("debias", "first_batch", "paper"):
             raise ValueError(f'BNP: start must be "debias", "first_batch" or "paper", got {self.start!r}')
-
-        if self.ghost is not None and not self.ghost >= 1:
+        if self.ghost is not None and not (isinstance(self.ghost, int) and self.ghost >= 1):
             raise ValueError(f"BNP: ghost must be a number of rows, or None, got {self.ghost}")
         if not self.every >= 1:
             raise ValueError(f"BNP: every must be at least 1, got {self.every}")

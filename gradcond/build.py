@@ -31,6 +31,10 @@ def build_engine(
         raise TypeError(f"expected a torch.optim.Optimizer, got {_kind(optimizer)}; build the optimizer first")
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as model, got {_kind(model)}")
+    if only is not None and not callable(only):
+        raise TypeError(
+            f"expected only to be a function of a layer's name, such as lambda name: name == 'fc', got {only!r:.60}"
+        )
     chain, model = _checked_chain(conditioners), unwrapped(model)
     reshard(model)
     _check_parameters(optimizer, model)

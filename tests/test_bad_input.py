@@ -64,6 +64,27 @@ def test_wrap_refuses_a_parameter_twice():
         wrap(optimizer, model, [BNP()])
 
 
+@pytest.mark.parametrize("only", ["0", ["0"]], ids=["name", "list"])
+def test_wrap_refuses_names_in_place_of_a_predicate(only):
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(TypeError, match="only to be a function of a layer's name, such as lambda"):
+        wrap(optimizer, model, [BNP()], only=only)
+
+
+def test_taps_that_change_after_wrap_are_refused_and_nothing_moves():
+    model, x = build("conv2d", True)
+    optimizer = wrapped(model, [BNP()], lr=0.1)
+    backward(model, x)
+    optimizer.step()
+    before = flat(list(model.parameters()))
+    optimizer.conditioners[0].taps = True
+    with pytest.raises(ValueError, match="expected taps=False, as it was when the optimizer was wrapped, got True"):
+        optimizer.step()
+    assert torch.equal(flat(list(model.parameters())), before)
+    optimizer.conditioners[0].taps = False
+    wrapped(model, [BNP()], lr=0.1).load_state_dict(optimizer.state_dict())
+
+
 def test_wrap_refuses_a_method_that_is_no_dataclass(monkeypatch):
     monkeypatch.setattr(Conditioner, "registry", dict(Conditioner.registry))
 

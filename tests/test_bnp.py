@@ -332,7 +332,18 @@ def test_chains_are_nested_changes_of_variables():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"decay": 1.0}, {"decay": -0.1}, {"eps": -1.0}, {"scale": "row"}, {"start": "zero"}]
+    "settings",
+    [
+        {"decay": 1.0},
+        {"decay": -0.1},
+        {"eps": -1.0},
+        {"scale": "row"},
+        {"start": "zero"},
+        {"ghost": 0},
+        {"ghost": 1.5},
+        {"every": 0},
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"BNP: .*{next(iter(settings))}.*got"):
