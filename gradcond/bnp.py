@@ -37,7 +37,10 @@ class BNP(Conditioner):
 
     M is symmetric and positive definite, and without eps training does not depend on the scale and the offset
     of any input. It needs the layer's inputs: those of the forward passes that made the gradient, in training
-    mode, merged over micro-batches, folded once per step as total variance, so that batches of one work.
+    mode, merged over micro-batches, folded once per step as total variance, so that batches of one work. Passes
+    inside torch.func leave no gradient and are not seen: where per-sample gradients come from there and are put
+    into .grad by hand, a pass over other inputs, forward and backward, before that shows what inputs are like. For
+    differential privacy those have to be public, since noise on the gradients does not hide the statistics.
 
     Args:
         decay: of the running mean and variance; 0 uses the step's own rows only.
