@@ -40,7 +40,10 @@ class BNP(Conditioner):
     of any input. It needs the layer's inputs: those of the forward passes that made the gradient, in training
     mode, merged over micro-batches, folded once per step as total variance, so that batches of one work. Those of
     attention's output projection do not show in compiled or checkpointed passes: there it is left alone, and a
-    warning says so.
+    warning says so. Passes inside torch.func leave no gradient and are not seen: where per-sample gradients come
+    from there and are put into .grad by hand, a pass over other inputs, forward and backward, before that shows
+    what inputs are like. For differential privacy those have to be public, since noise on the gradients does not
+    hide the statistics.
 
     Args:
         decay: of the running mean and variance; 0 uses the step's own rows only.
@@ -95,7 +98,6 @@ class BNP(Conditioner):
             raise ValueError(f'BNP: scale must be "rows", "batch" or None, got {self.scale!r}')
         if self.start not in ("debias", "first_batch", "paper"):
             raise ValueError(f'BNP: start must be "debias", "first_batch" or "paper", got {self.start!r}')
-
         if self.ghost is not None and not (isinstance(self.ghost, int) and self.ghost >= 1):
             raise ValueError(f"BNP: ghost must be a number of rows, or None, got {self.ghost}")
         if not self.every >= 1:

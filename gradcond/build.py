@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -37,6 +38,10 @@ def build_engine(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as model, got {_kind(model)}")
+    if only is not None and not callable(only):
+        raise TypeError(
+            f"expected only to be a function of a layer's name, such as lambda name: name == 'fc', got {only!r:.60}"
+        )
     chain, model = _checked_chain(conditioners), unwrapped(model)
     reshard(model)
     _check_parameters(optimizer, model)
@@ -66,6 +71,11 @@ def _checked_chain(conditioners: Sequence[Conditioner]) -> list[Conditioner]:
             raise TypeError(
                 f"unknown conditioner: expected instances of {sorted(Conditioner.registry)}, such as BNP(), "
                 f"got {_kind(conditioner)}"
+            )
+        if not dataclasses.is_dataclass(conditioner):
+            raise TypeError(
+                f"expected dataclasses, whose fields are the settings, got the class {conditioner.name}; decorate "
+                "it with @dataclasses.dataclass"
             )
     rank = [2 * c.comes_last + c.uses_rate for c in chain]
     if any(a > b for a, b in itertools.pairwise(rank)) or sum(map(bool, rank)) > len(set(rank) - {0}):

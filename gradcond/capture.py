@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,21 +24,17 @@ from gradcond.statistics import Moments
 __all__ = ["BatchNormProbe", "InputCapture"]
 
 
-class _Inert:
-    """What a copied or unpickled module carries in place of a hook: it does nothing."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Leaves the pass as it is."""
-
-
 class _Hook:
-    """A forward hook that belongs to one module: copies of the module get an inert one."""
+    """A forward hook that belongs to one module: copies of the module get one that does nothing.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
-        return _Inert()
+    It is Python's own, so that a module that was pickled whole is read where there is no gradcond.
+    """
 
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return nullcontext().__exit__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class InputCapture(_Hook):
@@ -270,6 +267,7 @@ def _merge(a: Moments | None, b: Moments | None) -> Moments | None:
 
 def _drop_inert(module: nn.Module) -> None:
     """Clears away what copying left behind."""
-    for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, _Inert)]:
+    inert: Any = nullcontext.__exit__
+    for key in [k for k, hook in module._forward_hooks.items() if getattr(hook, "__func__", None) is inert]:
         del module._forward_hooks[key]
         module._forward_hooks_with_kwargs.pop(key, None)

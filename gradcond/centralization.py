@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradcond.conditioner import Conditioner, RowMap, SymmetricMap
 from gradcond.layers import Layer, Rows
@@ -14,7 +14,15 @@ from gradcond.layers import Layer, Rows
 __all__ = ["GradientCentralization", "WeightCentralization"]
 
 ONE_HOT = "its inputs are one-hot: a row's weights meet one at a time, and their mean never"
-SEVERAL = "several weights make one row, and are not moved together"
+
+
+def unmovable(layer: Layer) -> str | None:
+    """Why no method puts the rows themselves anywhere, or None when they can be."""
+    if layer.one_hot:
+        return ONE_HOT
+    if len(layer.weight_names) > 1 or isinstance(layer.module, nn.RNNBase):  # of a GRU some rows are of one weight
+        return "several weights make one row, and are not moved together"
+    return None
 
 
 @dataclass
@@ -135,9 +143,9 @@ class WeightCentralization(Conditioner):
     """
 
     def refusal(self, layer: Layer) -> str | None:
-        """Rows of one weight."""
-        if layer.one_hot or len(layer.weight_names) > 1:
-            return ONE_HOT if layer.one_hot else SEVERAL
+        """Rows of one weight, and those of recurrent modules."""
+        if (reason := unmovable(layer)) is not None:
+            return reason
         return "one weight per output unit: centered, it would be zero" if layer.fan_in == 1 else None
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> None:

@@ -180,6 +180,11 @@ class Engine:
     @torch.compiler.disable
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """A new step, over these parameter groups: its first gradients decide its P."""
+        if any(c.taps != self.observer.taps for c in self.chain if c.uses_inputs):
+            raise ValueError(
+                f"expected taps={self.observer.taps}, as it was when the optimizer was wrapped, got "
+                f"{not self.observer.taps}: its statistics are of another shape; wrap the optimizer anew"
+            )
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
             self.detach()
             self._attach()

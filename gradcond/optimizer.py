@@ -182,7 +182,7 @@ def wrap(
             where it makes nobody wait; elsewhere what is not finite goes through, as it does without conditioning.
 
     Raises:
-        TypeError: for something that is not an optimizer, a module or a list of conditioners.
+        TypeError: for something that is not an optimizer, a module, a list of conditioners or a predicate.
         ValueError: when the optimizer holds none of the model's parameters, or one twice, or is attached to.
 
     Example:

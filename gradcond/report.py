@@ -79,6 +79,8 @@ def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
         else:
             reasons = zip(engine.chain, engine.refusals[layers[0].name], strict=True)
             left_alone[full_name] = "; ".join(f"{c.name}: {why}" for c, why in reasons) or "the chain is empty"
+        if engine.chain and engine.chain[-1].comes_last and parameter.requires_grad and id(parameter) in held:
+            left_alone[full_name] += f"; {engine.chain[-1].name} scales it all the same"
     return Report(conditioned, left_alone)
 
 

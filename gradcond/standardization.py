@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcond.centralization import ONE_HOT, SEVERAL
+from gradcond.centralization import unmovable
 from gradcond.conditioner import Conditioner, RowMap, SymmetricMap
 from gradcond.layers import Layer, Rows
 
@@ -60,8 +60,8 @@ class WeightStandardization(Conditioner):
 
     def refusal(self, layer: Layer) -> str | None:
         """Rows too short, or constant rows, which have no deviation to keep."""
-        if layer.one_hot or len(layer.weight_names) > 1:
-            return ONE_HOT if layer.one_hot else SEVERAL
+        if (reason := unmovable(layer)) is not None:
+            return reason
         if layer.fan_in < 3:
             return "rows of one or two weights have no tangent: standardized, they would be frozen"
         if bool((_deviation(layer) <= self.eps).any()):

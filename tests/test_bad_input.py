@@ -7,7 +7,7 @@ import torch
 from cases import backward, build, flat, wrapped
 from torch import nn
 
-from gradcond import BNP, GradientCentralization, WeightStandardization, load_preconditioner, wrap
+from gradcond import BNP, Conditioner, GradientCentralization, WeightStandardization, load_preconditioner, wrap
 
 
 def model_and_optimizer():
@@ -62,6 +62,39 @@ def test_wrap_refuses_a_parameter_twice():
     optimizer = torch.optim.SGD([model.weight, model.weight, model.bias], lr=0.1)
     with pytest.raises(ValueError, match="expected every parameter once, but the optimizer holds 'weight' twice"):
         wrap(optimizer, model, [BNP()])
+
+
+@pytest.mark.parametrize("only", ["0", ["0"]], ids=["name", "list"])
+def test_wrap_refuses_names_in_place_of_a_predicate(only):
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(TypeError, match="only to be a function of a layer's name, such as lambda"):
+        wrap(optimizer, model, [BNP()], only=only)
+
+
+def test_taps_that_change_after_wrap_are_refused_and_nothing_moves():
+    model, x = build("conv2d", True)
+    optimizer = wrapped(model, [BNP()], lr=0.1)
+    backward(model, x)
+    optimizer.step()
+    before = flat(list(model.parameters()))
+    optimizer.conditioners[0].taps = True
+    with pytest.raises(ValueError, match="expected taps=False, as it was when the optimizer was wrapped, got True"):
+        optimizer.step()
+    assert torch.equal(flat(list(model.parameters())), before)
+    optimizer.conditioners[0].taps = False
+    wrapped(model, [BNP()], lr=0.1).load_state_dict(optimizer.state_dict())
+
+
+def test_wrap_refuses_a_method_that_is_no_dataclass(monkeypatch):
+    monkeypatch.setattr(Conditioner, "registry", dict(Conditioner.registry))
+
+    class Plain(Conditioner):
+        def row_map(self, layer, state):
+            return None
+
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(TypeError, match=r"dataclasses, whose fields .* got the class Plain; decorate it"):
+        wrap(optimizer, model, [Plain()])
 
 
 def test_wrap_refuses_a_differentiable_optimizer():

@@ -320,3 +320,27 @@ def test_it_clips_where_no_layer_is_conditioned():
     optimizer.step()  # the mean of 1 and 4, with weights 1/3 and 2/3, is 3
     for parameter in model.parameters():
         torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 3.0))
+
+
+@pytest.mark.parametrize("chain", [[], [MeanShiftRejection()]], ids=["alone", "msr"])
+def test_the_report_says_of_what_is_left_alone_whether_it_is_scaled(chain):
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("one", "apart", "frozen", "out")})
+    model["norm"] = nn.LayerNorm(2)
+    model["frozen"].requires_grad_(False)
+    groups = [
+        {"params": [p for name, p in model.named_parameters() if not name.startswith("apart")]},
+        {"params": list(model["apart"].parameters()), "gradcond": False},
+    ]
+    clipping = NormClipping(ratio=0.5)
+    optimizer = gradcond.wrap(
+        torch.optim.SGD(groups, lr=0.0), model, [*chain, clipping], only=lambda name: name != "out"
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for p in trained.values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    left_alone = optimizer.report().left_alone
+    scaled = {name for name, p in trained.items() if bool((p.grad != 1).any()) and name in left_alone}
+    assert {name for name, why in left_alone.items() if "NormClipping scales it all the same" in why} == scaled
+    assert {"norm.weight", "out.bias", "one.bias"} <= scaled
+    assert "apart.weight" not in scaled

@@ -244,6 +244,20 @@ def test_copies_train_on_by_themselves(how, chain):
     assert len(other[0]._forward_hooks) == len(model[0]._forward_hooks)
 
 
+def test_a_model_that_is_pickled_whole_needs_no_gradcond():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [BNP()])
+    saved = pickle.dumps(model)
+    assert b"gradcond" not in saved
+    x, other = torch.randn(6, 4), pickle.loads(saved)
+    again = wrap(torch.optim.SGD(other.parameters(), lr=0.1), other, [BNP()])
+    for own, own_optimizer in ((model, optimizer), (other, again)):
+        own(x).square().sum().backward()
+        own_optimizer.step()
+    assert torch.equal(flat(list(other.parameters())), flat(list(model.parameters())))
+    assert len(other[0]._forward_hooks) == 1
+
+
 def test_a_copied_model_does_not_feed_the_statistics():
     model, x = build("linear", True)
     optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)

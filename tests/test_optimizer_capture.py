@@ -184,6 +184,31 @@ def test_function_transforms_of_a_hooked_model_work_and_count_nothing(forward):
     assert state(optimizer, "0")["rows"] == 6
 
 
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+def test_per_sample_gradients_are_conditioned_by_a_pass_over_other_inputs(how):
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0, scale=None)], lr=0.1)
+    public = torch.randn(4, x.shape[1]) + 1
+
+    def loss(parameters, row):
+        return torch.func.functional_call(model, parameters, (row,)).pow(3).sum()
+
+    model(public).sum().backward()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for name, p in model.named_parameters():
+        clipped = per_sample[name].clamp(-1, 1).mean(0)
+        if how == "replaced":
+            p.grad = clipped.clone()
+        else:
+            p.grad.copy_(clipped)
+    expected = flat([per_sample[name].clamp(-1, 1).mean(0) for name in parameters])
+    optimizer.step()
+    assert_close(state(optimizer, "0")["mean"], public.mean(0))
+    assert state(optimizer, "0")["rows"] == 4
+    assert_close(flat([p.grad for p in model.parameters()]), optimizer.preconditioner().apply(expected))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("way", ["export", "strict export", "trace"])
 def test_a_model_exported_in_training_mode_is_the_bare_model_and_trains_on(way):

@@ -1,6 +1,7 @@
 """Every scheduler of torch moves a wrapped optimizer as it moves the bare one."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gradcond import wrap
 from gradcond.conditioner import Conditioner
 
 
+@dataclass
 class Identity(Conditioner):
     """Conditions every layer with M = I; it has no settings."""
 

@@ -8,7 +8,7 @@ from cases import LAYERS, backward, build, wrapped
 from torch import nn
 from torch.testing import assert_close
 
-from gradcond import WeightStandardization, wrap
+from gradcond import WeightCentralization, WeightStandardization, wrap
 
 
 def rows_of(layer, tensor):
@@ -112,6 +112,15 @@ def test_constant_rows_and_short_rows_are_left_alone_and_reported():
     assert "constant rows" in left_alone["1.weight"]
     assert "rows of one or two weights" in left_alone["2.weight"]
     assert not torch.equal(model[0].weight.grad, raw[0]) or not raw[0].any()
+
+
+@pytest.mark.parametrize("method", [WeightStandardization, WeightCentralization])
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_modules_are_left_alone_as_a_whole(method, kind):
+    model = nn.Sequential(kind(4, 5))
+    report = wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [method()]).report()
+    assert not report.conditioned
+    assert "several weights make one row" in report.left_alone["0.weight_ih_l0"]
 
 
 def test_weights_loaded_after_wrap_count():
