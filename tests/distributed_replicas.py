@@ -1,6 +1,7 @@
 """Replicas: DistributedDataParallel and ZeroRedundancyOptimizer, unequal shards, groups, what is not finite."""
 
 import copy
+import functools
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from distributed_helpers import (
     train,
 )
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,6 +83,28 @@ def gradient_accumulation_equals_one_process():
         backward(model, x[2:], y[2:], WORLD)
         optimizer.step()
     assert_same("accumulation", model, optimizer, alone("bnp"))
+
+
+@scenario
+def rows_of_gradients_that_were_thrown_away_do_not_count():
+    """As those of a step that a gradient scaler skips: here of every other one."""
+    for make in (
+        DistributedDataParallel,
+        functools.partial(DistributedDataParallel, gradient_as_bucket_view=True),
+        fully_shard,
+    ):
+        model, single = make(build()), build()
+        optimizer = wrap(sgd(model.parameters()), model, CHAINS["bnp"]())
+        reference = wrap(sgd(single.parameters()), single, CHAINS["bnp"](), process_group=False)
+        for step in range(STEPS):
+            backward(model, *shard(step), WORLD)
+            backward(single, *data(step))
+            if step % 2:
+                optimizer.step()
+                reference.step()
+            optimizer.zero_grad()
+            reference.zero_grad()
+        assert_same("thrown away", model, optimizer, (single, reference))
 
 
 @scenario
