@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcond import BNP, attach, wrap
+from gradcond import BNP, SGLD, attach, unit_variance_init_, wrap
 
 
 @scenario
@@ -190,6 +190,13 @@ def refused_models_say_what_to_do():
     model = FullyShardedDataParallel(nn.Sequential(nn.Linear(4, 4)), device_id=torch.device("cpu"))
     with raises(TypeError, "FSDP1", "fully_shard"):
         wrap(sgd(model.parameters()), model, [BNP()])
+    for make in (DistributedDataParallel, fully_shard):
+        with raises(TypeError, "before DistributedDataParallel or fully_shard"):
+            unit_variance_init_(make(nn.Sequential(nn.Linear(4, 4))), torch.randn(5, 4))
+    model = nn.Linear(4, 4)
+    base = ZeroRedundancyOptimizer(model.parameters(), SGLD, lr=1e-3)
+    with raises(ValueError, "expected SGLD itself", "ZeroRedundancyOptimizer"):
+        wrap(base, model, [BNP()])
     model = nn.DataParallel(nn.Linear(4, 4))
     with raises(TypeError, "nn.DataParallel", "DistributedDataParallel"):
         wrap(sgd(model.parameters()), model, [BNP()])
