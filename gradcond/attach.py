@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from gradcond.assignment import Assignment
 from gradcond.build import build_engine
 from gradcond.conditioner import Conditioner
+from gradcond.distributed import Conditioning
 from gradcond.engine import Engine
 from gradcond.optimizer import ConditionedOptimizer
 from gradcond.preconditioner import Preconditioner
@@ -95,6 +96,11 @@ class Attachment:
         if hasattr(self.optimizer, "factor_"):
             self.optimizer.factor_ = None
 
+    @property
+    def conditioning(self) -> Conditioning:
+        """The entry "gradcond" of the state by itself, to save and load with torch.distributed.checkpoint."""
+        return Conditioning(self._engine, self.optimizer.param_groups)
+
     def preconditioner(self) -> Preconditioner:
         """A snapshot of the last step's M = P P^T over the model's trainable parameters."""
         return self._engine.preconditioner(self.optimizer.param_groups)
@@ -145,7 +151,8 @@ def attach(
         check_finite: look whether gradients and inputs are finite before anything is changed? None: on the CPU.
 
     Returns:
-        A handle with remove(), check(), report() and preconditioner().
+        A handle with remove(), check(), report(), preconditioner() and, for torch.distributed.checkpoint,
+        conditioning.
 
     Raises:
         TypeError: for something that is not a bare optimizer, a module or a list of conditioners.

@@ -60,6 +60,12 @@ def build_engine(
             f"expected a chain without {chain[-1].name} for {type(optimizer).__name__}: it would shorten the drift "
             "and leave the noise, so that the samples are of another distribution; leave it out"
         )
+    inner = getattr(optimizer, "optim", None)
+    if chain and hasattr(inner, "factor_"):
+        raise ValueError(
+            f"expected {type(inner).__name__} itself, got it in {type(optimizer).__name__}, where its noise would "
+            "not be conditioned as its drift is; it has no state to shard"
+        )
     return Engine(model, chain, only=only, ranks=Ranks(process_group), check_finite=check_finite)
 
 

@@ -19,9 +19,16 @@ from torch.utils.hooks import RemovableHandle
 
 from gradcond.inputs import Deferred, Observer
 from gradcond.layers import Layer, first_input
+from gradcond.shards import is_sharded, local
 from gradcond.statistics import Moments
 
 __all__ = ["BatchNormProbe", "InputCapture"]
+
+dist = torch.distributed
+
+
+def _nothing() -> None:
+    """In place of a weak reference."""
 
 
 class _Hook:
@@ -56,6 +63,8 @@ class InputCapture(_Hook):
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
         self.traced: Moments | None = None  # rows of compiled calls, whose outputs cannot be hooked
         self.accumulated: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
+        self.shard: Callable[[], Any] = _nothing  # the parameter of FSDP2, which backward passes replace
+        self.kept_back = False  # does FSDP2 keep the gradient to itself until a later backward pass?
         self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
         self.probed = False  # does somebody ask for the last output?
@@ -126,18 +135,22 @@ class InputCapture(_Hook):
 
     def begin(self) -> None:
         """A backward pass comes: is the gradient that was being accumulated gone?"""
+        if self.collected is None or self.kept_back:
+            return
         last, version = self.accumulated
         grad: Tensor | None = self.weight.grad
-        if self.collected is None or (grad is not None and grad is last() and grad._version == version):
+        if grad is None and self.shard() is not None:
+            grad = self.shard().grad
+        if grad is not None and grad is last() and grad._version == version:
             return
-        if grad is None or not bool(grad.any()):
+        if grad is None or not bool(local(grad).any()):
             self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
 
     def count(self, grad: Tensor | None) -> None:
         """The calls that were reached have made a gradient: their rows count, each once."""
+        if not self.reached and self._is_new(grad):  # of compiled calls, or of none here that had rows
+            self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
         if self.traced is not None:
-            if grad is not self.accumulated[0]():  # a new gradient: the rows before belong to another
-                self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
             self._collect(self.traced)
             self.traced = None
         for call in self.reached.values():
@@ -147,6 +160,23 @@ class InputCapture(_Hook):
         self.reached.clear()
         if grad is not None:
             self.accumulated = weakref.ref(grad), grad._version
+
+    def _is_new(self, grad: Tensor | None) -> bool:
+        """Has it been accumulated onto nothing, so that the rows before belong to another?"""
+        if self.shard() is not None:
+            return not self.kept_back and self.shard().grad is None
+        return grad is not self.accumulated[0]()
+
+    def note_replaced(self) -> None:
+        """A backward pass has ended: DistributedDataParallel and FSDP2 may have put another gradient in the place.
+
+        FSDP2 keeps one to itself as long as ranks do not reduce it; nobody can throw that one away.
+        """
+        weight = self.weight
+        sharded = is_sharded(weight)
+        self.shard, self.kept_back = weakref.ref(weight) if sharded else _nothing, sharded and weight.grad is None
+        if weight.grad is not None:
+            self.accumulated = weakref.ref(weight.grad), weight.grad._version
 
     def _collect(self, moments: Moments) -> None:
         self.collected = _merge(self.collected, moments)
@@ -217,6 +247,8 @@ class _Count:
         capture = self.capture()
         if capture is not None:
             capture.count(parameter.grad)
+            if dist.is_available() and dist.is_initialized():
+                torch.autograd.Variable._execution_engine.queue_callback(capture.note_replaced)
 
 
 class BatchNormProbe(_Hook):

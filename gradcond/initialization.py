@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradcond.layers import Layer, find_layers, has_lazy
+from gradcond.shards import is_sharded
 
 __all__ = ["unit_variance_init_"]
 
@@ -41,7 +42,7 @@ def unit_variance_init_(model: nn.Module, batch: Any) -> dict[str, float]:
         that the batch never reached are named by a warning.
 
     Raises:
-        TypeError: for a batch of another kind.
+        TypeError: for a batch of another kind; for a model in DistributedDataParallel, or sharded.
         ValueError: for a layer whose weight is zero, whose output has a variance that is zero or not finite or
             does not scale with its weight; for lazy modules without a shape, and when no layer ran. Nothing has
             been changed then.
@@ -60,6 +61,11 @@ def unit_variance_init_(model: nn.Module, batch: Any) -> dict[str, float]:
         [[1.0], [3.0]]
     """
     args, kwargs = _inputs(batch)
+    if isinstance(model, nn.parallel.DistributedDataParallel) or any(is_sharded(p) for p in model.parameters()):
+        raise TypeError(
+            f"unit_variance_init_: expected a model before DistributedDataParallel or fully_shard, got "
+            f"{type(model).__name__}, whose ranks would be scaled by their own batches; call it first"
+        )
     if has_lazy(model):
         raise ValueError(
             "unit_variance_init_: expected modules that have their shapes, got a lazy one; run the model once first"

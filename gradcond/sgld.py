@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from gradcond.shards import placed
+
 __all__ = ["SGLD"]
 
 
@@ -123,7 +125,7 @@ class SGLD(Optimizer):
         """Standard normal; drawn on the generator's device, so that a chain is the same on every device."""
         device = self.generator.device
         noise = torch.randn(parameter.shape, dtype=parameter.dtype, device=device, generator=self.generator)
-        return noise.to(parameter.device)
+        return placed(noise.to(parameter.device), parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim.Optimizer, with one more entry, "generator", the generator's state."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradcond.layers import Layer
 
-__all__ = ["gathered", "local", "local_state", "moving", "opened", "rows_are_local", "shown"]
+__all__ = ["gathered", "local", "local_state", "moving", "opened", "placed", "rows_are_local", "shown"]
 
 
 _PLAIN = Tensor, torch.nn.Parameter
@@ -125,7 +125,7 @@ def local_state(layer: Layer, state: dict[str, Any]) -> dict[str, Any]:
     if not is_sharded(weight):
         return state
     per_row = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() > 1}
-    return {**state, **{k: _cut(v[0], weight)[None] for k, v in per_row.items()}}
+    return {**state, **{k: local(placed(v[0], weight))[None] for k, v in per_row.items()}}
 
 
 @torch.no_grad()
@@ -137,14 +137,16 @@ def gathered(tensor: Any) -> Any:
 @torch.no_grad()
 def _put(whole: Tensor, tensor: Any) -> None:
     if is_sharded(tensor):
-        local(tensor).copy_(_cut(whole, tensor))
+        local(tensor).copy_(local(placed(whole, tensor)))
 
 
 @torch.no_grad()
-def _cut(whole: Tensor, like: Any) -> Tensor:
-    """This rank's part of a tensor that all ranks hold, placed as another one is; without communication."""
+def placed(whole: Tensor, like: Any) -> Any:
+    """A tensor that all ranks hold, placed as another one is; without communication."""
+    if not is_sharded(like):
+        return whole
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
     everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return local(everywhere.redistribute(mesh, like.placements))
+    return everywhere.redistribute(mesh, like.placements)

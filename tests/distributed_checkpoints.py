@@ -21,7 +21,7 @@ from distributed_shards import sharded
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcond import wrap
+from gradcond import attach, wrap
 
 
 def plain(parameters):
@@ -33,10 +33,10 @@ KINDS = [("bnp", sgd), ("bnp", adam), ("ws", plain)]
 START = {2: 0, 4: 2, 1: 4}[WORLD]  # saved by 2 processes at step 2, by 4 at step 4, read by one
 
 
-def entries(model, optimizer):
+def entries(model, optimizer, handle=None):
     """The three entries of a checkpoint; the last one is gradcond's own."""
     parameters, state = get_state_dict(model, optimizer)
-    return {"model": parameters, "optimizer": state, "gradcond": optimizer.conditioning}
+    return {"model": parameters, "optimizer": state, "gradcond": (handle or optimizer).conditioning}
 
 
 @scenario
@@ -65,3 +65,20 @@ def checkpoints_go_on_as_if_nothing_had_happened():
             entries(model, optimizer)  # without gradients: a step of nothing, where the state is empty
             assert str(before) == str([local_parameters(model), optimizer._engine.states])
             assert_same("checkpoint", model, optimizer, alone(chain, base, range(START + 2)))
+
+
+@scenario
+def an_attachment_is_saved_and_loaded_too():
+    for step in (0, 2) if WORLD > 1 else ():
+        model = sharded()
+        optimizer = adam(model.parameters())
+        handle = attach(optimizer, model, CHAINS["bnp"]())
+        name = f"{FOLDER}/attached-{WORLD}"
+        if step:
+            state = entries(model, optimizer, handle)
+            dcp.load(state, checkpoint_id=name)
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        train(model, optimizer, range(step, step + 2))
+        assert_same("attached", model, handle, alone("bnp", adam, range(step + 2)))
+        if not step:
+            dcp.save(entries(model, optimizer, handle), checkpoint_id=name)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import torch
 from torch import nn
@@ -102,6 +103,22 @@ def blocks_side_by_side_are_those_of_one_process():
         exact = alone.block(name).to_dense()
         assert_close(found[name], exact, rtol=0, atol=1e-12 * float(exact.abs().max()))
         same_everywhere(found[name])
+
+
+def one_block_twice_is_not_mixed_up():
+    """Two functions of the same block ask in the order of their threads, another one on each process."""
+    together, alone = pair("hessian", method="double_backward")
+    P = curvature.DiagonalFactor(torch.linspace(0.1, 3, alone.block("0.*").shape[0]))
+    blocks = {"after": curvature.Preconditioned(together.block("0.*"), P), "before": together.block("0.*")}
+
+    def dense(block):
+        time.sleep(0.1 * ((block is blocks["after"]) == (RANK == 0)))
+        return block.to_dense()
+
+    found, exact = curvature.each_block(blocks, dense), alone.block("0.*").to_dense()
+    assert_close(found["before"], exact, rtol=0, atol=1e-12 * float(exact.abs().max()))
+    exact = P.factor_transpose(P.factor_transpose(exact).mT)
+    assert_close(found["after"], exact, rtol=0, atol=1e-12 * float(exact.abs().max()))
 
 
 def part(rows: list[torch.Tensor], sizes: list[int]) -> list[tuple[torch.Tensor, ...]]:
@@ -227,6 +244,7 @@ SCENARIOS = [
     sums_and_weights_are_added_up_too,
     every_estimate_is_that_of_one_process,
     blocks_side_by_side_are_those_of_one_process,
+    one_block_twice_is_not_mixed_up,
     samples_are_those_of_one_process,
     samples_follow_the_data_when_they_change,
     samples_of_unlike_processes_are_refused,

@@ -1,6 +1,7 @@
 """Replicas: DistributedDataParallel and ZeroRedundancyOptimizer, unequal shards, groups, what is not finite."""
 
 import copy
+import functools
 
 import torch
 import torch.distributed as dist
@@ -23,11 +24,11 @@ from distributed_helpers import (
     train,
 )
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from gradcond import BNP, attach, wrap
+from gradcond import BNP, SGLD, attach, unit_variance_init_, wrap
 
 
 @scenario
@@ -82,6 +83,28 @@ def gradient_accumulation_equals_one_process():
         backward(model, x[2:], y[2:], WORLD)
         optimizer.step()
     assert_same("accumulation", model, optimizer, alone("bnp"))
+
+
+@scenario
+def rows_of_gradients_that_were_thrown_away_do_not_count():
+    """As those of a step that a gradient scaler skips: here of every other one."""
+    for make in (
+        DistributedDataParallel,
+        functools.partial(DistributedDataParallel, gradient_as_bucket_view=True),
+        fully_shard,
+    ):
+        model, single = make(build()), build()
+        optimizer = wrap(sgd(model.parameters()), model, CHAINS["bnp"]())
+        reference = wrap(sgd(single.parameters()), single, CHAINS["bnp"](), process_group=False)
+        for step in range(STEPS):
+            backward(model, *shard(step), WORLD)
+            backward(single, *data(step))
+            if step % 2:
+                optimizer.step()
+                reference.step()
+            optimizer.zero_grad()
+            reference.zero_grad()
+        assert_same("thrown away", model, optimizer, (single, reference))
 
 
 @scenario
@@ -167,6 +190,13 @@ def refused_models_say_what_to_do():
     model = FullyShardedDataParallel(nn.Sequential(nn.Linear(4, 4)), device_id=torch.device("cpu"))
     with raises(TypeError, "FSDP1", "fully_shard"):
         wrap(sgd(model.parameters()), model, [BNP()])
+    for make in (DistributedDataParallel, fully_shard):
+        with raises(TypeError, "before DistributedDataParallel or fully_shard"):
+            unit_variance_init_(make(nn.Sequential(nn.Linear(4, 4))), torch.randn(5, 4))
+    model = nn.Linear(4, 4)
+    base = ZeroRedundancyOptimizer(model.parameters(), SGLD, lr=1e-3)
+    with raises(ValueError, "expected SGLD itself", "ZeroRedundancyOptimizer"):
+        wrap(base, model, [BNP()])
     model = nn.DataParallel(nn.Linear(4, 4))
     with raises(TypeError, "nn.DataParallel", "DistributedDataParallel"):
         wrap(sgd(model.parameters()), model, [BNP()])

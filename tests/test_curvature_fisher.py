@@ -66,7 +66,7 @@ EMPIRICAL = {
 }
 
 
-@pytest.mark.parametrize("sizes", [[6, 2], [1, 4, 3]], ids=str)
+@pytest.mark.parametrize("sizes", [[6, 2], [1, 4, 3], [0, 8]], ids=str)
 @pytest.mark.parametrize("name", EMPIRICAL)
 def test_empirical_fisher(name, sizes):
     loss_fn, y, losses, weights, total = EMPIRICAL[name]
@@ -154,7 +154,7 @@ def test_monte_carlo_fisher_is_one_matrix(name):
     torch.set_rng_state(state)
 
 
-@pytest.mark.parametrize("sizes", [[1, 4, 3], [2, 1, 5], [1] * 8, [7, 1]], ids=str)
+@pytest.mark.parametrize("sizes", [[1, 4, 3], [2, 1, 5], [1] * 8, [7, 1], [5, 0, 3]], ids=str)
 @pytest.mark.parametrize("name", ["mean", "squares", "probabilities"])
 def test_samples_are_those_of_any_split(name, sizes):
     loss_fn, y = LIKELIHOODS[name]

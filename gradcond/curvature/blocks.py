@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Condition
+from threading import Condition, get_ident
 from typing import TypeVar
 
 from torch import Tensor
@@ -54,7 +54,7 @@ def each_block(blocks: Mapping[str, Operator], function: Callable[[Operator], Re
         for leaf in leaves:
             leaf.made_by, leaf._noise = desk, desk.H._noise
         with ThreadPoolExecutor(len(blocks)) as pool:
-            futures = {name: pool.submit(desk.run, function, block) for name, block in blocks.items()}
+            futures = {name: pool.submit(desk.run, function, block, name) for name, block in blocks.items()}
             desk.serve()
     finally:
         for leaf in leaves:
@@ -90,7 +90,7 @@ def _whole(leaves: Sequence[LossOperator]) -> LossOperator:
     return H
 
 
-_Asked = tuple[list[int], Tensor, "Future[Tensor]"]
+_Asked = tuple[list[int], str, Tensor, "Future[Tensor]"]
 
 
 class _Stopped(Exception):
@@ -103,12 +103,14 @@ class _Desk:
     def __init__(self, H: LossOperator, blocks: int) -> None:
         self.H = H
         self.busy = blocks  # how many neither wait nor have ended
+        self.names: dict[int, str] = {}  # of the blocks, by thread
         self.changed = Condition()
         self.asked: list[_Asked] = []
         self.error: BaseException | None = None  # the first one
 
-    def run(self, function: Callable[[Operator], Result], block: Operator) -> Result:
+    def run(self, function: Callable[[Operator], Result], block: Operator, name: str) -> Result:
         """Call the function."""
+        self.names[get_ident()] = name
         try:
             return function(block)
         except BaseException as error:
@@ -126,7 +128,7 @@ class _Desk:
         with self.changed:
             if self.error is not None:
                 raise _Stopped
-            self.asked.append((places, V, answer))
+            self.asked.append((places, self.names[get_ident()], V, answer))
             self.busy -= 1
             self.changed.notify()
         return answer.result()
@@ -136,8 +138,8 @@ class _Desk:
         asked: list[_Asked] = []
         try:
             while asked := self._all_that_is_asked():
-                products = self.H._together([(places, V) for places, V, _ in asked])
-                for (_, _, answer), product in zip(asked, products, strict=True):
+                products = self.H._together([(places, V) for places, _, V, _ in asked])
+                for (*_, answer), product in zip(asked, products, strict=True):
                     with self.changed:
                         self.busy += 1
                     answer.set_result(product)
@@ -149,7 +151,7 @@ class _Desk:
         self._wait()
         with self.changed:
             asked, self.asked = self.asked, []
-        return sorted(asked, key=lambda own: own[0])  # the same on all processes
+        return sorted(asked, key=lambda own: own[:2])  # the same on all processes
 
     def _wait(self) -> None:
         with self.changed:
@@ -159,7 +161,7 @@ class _Desk:
         """Keep the first error, and let everybody go who waits for an answer."""
         with self.changed:
             self.error = error if self.error is None else self.error
-            asked, self.asked = [answer for answer in (*asked, *self.asked) if not answer[2].done()], []
+            asked, self.asked = [answer for answer in (*asked, *self.asked) if not answer[-1].done()], []
             self.busy += len(asked)
-        for _, _, answer in asked:
+        for *_, answer in asked:
             answer.set_exception(_Stopped())

@@ -21,7 +21,7 @@ def _classes(z: Tensor, target: Tensor, loss: TorchLoss, uniform: Uniform) -> Te
     p = primal_and_tangent(rows)[0].detach().double().softmax(1)
     drawn = torch.searchsorted(p.cumsum(1), uniform(count, 1)[..., 0]).clamp_max(classes - 1)
     weight, smoothing = loss.options["weight"], loss.options.get("label_smoothing", 0.0)
-    weight = torch.ones_like(p[0]) if weight is None else weight.double()
+    weight = p.new_ones(classes) if weight is None else weight.double()
     if loss.has_class_targets(target):
         at = target.reshape(-1)
         kept = at != loss.options["ignore_index"]
@@ -56,7 +56,7 @@ def _classes_last(z: Tensor) -> Tensor:
 
 
 def _flat_rows(z: Tensor) -> Tensor:
-    return z.reshape(z.shape[0] if z.ndim else 1, -1)
+    return z.reshape(z.shape[:1].numel(), z.shape[1:].numel())  # not -1: there may be none
 
 
 LIKELIHOODS = {"cross_entropy": _classes, "binary_cross_entropy_with_logits": _bits, "mse_loss": _gaussian}

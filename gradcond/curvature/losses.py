@@ -55,7 +55,7 @@ class TorchLoss:
             return losses.reshape(-1), self.class_weights(target).reshape(-1).to(losses.dtype)
         if self.name in _CLASS_INDEX:  # with probabilities: one loss a position
             losses = losses.reshape(-1)
-        rows = losses.reshape(losses.shape[0] if losses.ndim else 1, -1)
+        rows = losses.reshape(losses.shape[:1].numel(), losses.shape[1:].numel())  # not -1: there may be none
         weight = rows.shape[1] if self.options["reduction"] == "mean" else 1
         return rows.sum(1), rows.new_full((rows.shape[0],), weight)
 
