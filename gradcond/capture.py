@@ -1,8 +1,9 @@
 """Forward hooks that take the moments of the inputs behind each gradient.
 
 Rows count once the gradient that they made is accumulated: passes that are never backpropagated, passes without
-grad or in eval mode, and the second forward of activation checkpointing leave nothing behind. No activation is
-kept, only its moments.
+grad or in eval mode, and the second forward of activation checkpointing leave nothing behind. Those of a compiled
+pass, whose outputs cannot be hooked, count with the next gradient, even if it was never backpropagated. No
+activation is kept, only its moments.
 """
 
 from __future__ import annotations
