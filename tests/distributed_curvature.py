@@ -6,6 +6,7 @@ import time
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from gradcond import curvature
@@ -229,6 +230,15 @@ def uneven_batches_of_unknown_weight_are_refused():
         raise AssertionError("no error")
 
 
+def sharded_parameters_are_refused():
+    try:
+        curvature.Hessian(fully_shard(build()), nn.CrossEntropyLoss(), data()[:1])
+    except TypeError as error:
+        assert "'0.weight' is sharded" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
 def no_data_anywhere_is_told():
     H = curvature.Hessian(build(), nn.CrossEntropyLoss(), [])
     try:
@@ -252,6 +262,7 @@ SCENARIOS = [
     an_error_on_one_process_ends_all,
     different_parameters_are_refused,
     uneven_batches_of_unknown_weight_are_refused,
+    sharded_parameters_are_refused,
     no_data_anywhere_is_told,
 ]
 

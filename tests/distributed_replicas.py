@@ -72,6 +72,14 @@ def closures_and_attach_equal_one_process():
 
 
 @scenario
+def an_empty_chain_does_not_wait_for_others():
+    model = build()
+    optimizer = wrap(sgd(model.parameters()), model, [])
+    if RANK == 0:
+        optimizer.step(lambda: backward(model, *data(0)))
+
+
+@scenario
 def gradient_accumulation_equals_one_process():
     model = DistributedDataParallel(build())
     optimizer = wrap(sgd(model.parameters()), model, CHAINS["bnp"]())

@@ -115,6 +115,12 @@ class LossOperator(Operator):
         if num_batches(data) == 0 and not self.processes.several:
             raise ValueError("expected at least one batch, got an empty data set")
         self.method = method
+        for name, p in self.model.named_parameters():
+            if hasattr(p, "device_mesh"):
+                raise TypeError(
+                    f"expected whole parameters, but {name!r} is sharded (a DTensor); load the full state into a "
+                    "plain model: torch.distributed.checkpoint.state_dict gathers it with full_state_dict=True"
+                )
         self._forms = {name: _form(p) for name, p in self.model.named_parameters() if p.requires_grad}
         self.names = list(self._forms)
         if not self.names:
