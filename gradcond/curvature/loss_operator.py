@@ -329,7 +329,7 @@ class LossOperator(Operator):
             error = caught
         total, sums = added(), mean.sums
         if self.processes.several:
-            kinds = self.processes.agree(self._same(), mean.kinds)
+            kinds = self.processes.agree(self._same() if error is None else None, mean.kinds)
             total, sums = self._add_up(total, sums, error)
             require_one_kind(kinds)
         return total.div_(divisor(*sums))
@@ -341,7 +341,7 @@ class LossOperator(Operator):
     def _same(self) -> dict[str, Any]:
         """What must be the same on every process."""
         norms = torch.stack([p.detach().double().norm() for p in self.parameters])
-        return {"parameters": float(norms.norm()), "names": tuple(self.names)}
+        return {"kind": type(self).__name__, "parameters": float(norms.norm()), "names": tuple(self.names)}
 
     def _product(self, evaluation: Evaluation, columns: int) -> Product:
         """The product with the matrix of a batch; the graph of a single batch is kept until something changes."""
