@@ -65,6 +65,7 @@ class InputCapture(_Hook):
         self.traced: Moments | None = None  # rows of compiled calls, whose outputs cannot be hooked
         self.accumulated: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.shard: Callable[[], Any] = _nothing  # the parameter of FSDP2, which backward passes replace
+        self.replaced = False  # did the last backward pass end with another gradient than it had accumulated?
         self.kept_back = False  # does FSDP2 keep the gradient to itself until a later backward pass?
         self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
@@ -166,14 +167,18 @@ class InputCapture(_Hook):
         """Has it been accumulated onto nothing, so that the rows before belong to another?"""
         if self.shard() is not None:
             return not self.kept_back and self.shard().grad is None
-        return grad is not self.accumulated[0]()
+        if grad is self.accumulated[0]():
+            return False
+        # one that others have put there, such as a view of a bucket that has been built anew, was written to
+        return grad is None or not (self.replaced and grad._version)
 
     def note_replaced(self) -> None:
         """A backward pass has ended: DistributedDataParallel and FSDP2 may have put another gradient in the place.
 
         FSDP2 keeps one to itself as long as ranks do not reduce it; nobody can throw that one away.
         """
-        weight = self.weight
+        weight, last = self.weight, self.accumulated[0]()
+        self.replaced = weight.grad is not last
         sharded = is_sharded(weight)
         self.shard, self.kept_back = weakref.ref(weight) if sharded else _nothing, sharded and weight.grad is None
         if weight.grad is not None:

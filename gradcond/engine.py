@@ -292,8 +292,8 @@ class Engine:
         def evaluate() -> Any:
             with torch.enable_grad():
                 loss = closure()
-            bad = bool(self.chain) and isinstance(loss, Tensor) and not bool(loss.isfinite().all())
-            if self.ranks.any(bad, device=self._device)[0]:
+            bad = isinstance(loss, Tensor) and not bool(loss.isfinite().all())
+            if self.chain and self.ranks.any(bad, device=self._device)[0]:
                 raise ValueError(
                     f"expected a finite loss from the closure, got {loss}; parameters and statistics are as "
                     "before this evaluation. Lower the learning rate, or look at the data"

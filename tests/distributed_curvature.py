@@ -6,6 +6,7 @@ import time
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
 from gradcond import curvature
@@ -218,6 +219,39 @@ def different_parameters_are_refused():
         raise AssertionError("no error")
 
 
+def an_error_before_the_first_batch_ends_all():
+    model = build()
+    H = curvature.Hessian(model, nn.CrossEntropyLoss(), data()[:1])
+    model[0].weight.requires_grad_(RANK != 1)
+    for _ in range(2):
+        try:
+            H @ torch.ones(H.shape[0])
+        except ValueError as error:
+            assert RANK == 1 and "'0.weight' is gone, frozen" in str(error)
+        except RuntimeError as error:
+            assert RANK != 1 and "on 1 other processes" in str(error)
+        else:
+            raise AssertionError("no error")
+    model[0].weight.requires_grad_(True)
+    H @ torch.ones(H.shape[0])
+
+
+def different_matrices_are_refused():
+    mean, total = nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")
+    cases = {
+        "expected the same kind": (OPERATORS["hessian" if RANK else "ggn"], mean),
+        "got means and sums": (curvature.Hessian, mean if RANK else total),
+    }
+    for message, (kind, loss) in cases.items():
+        H = kind(build(), loss, data()[:1])
+        try:
+            H @ torch.ones(H.shape[0])
+        except ValueError as error:
+            assert message in str(error)
+        else:
+            raise AssertionError("no error")
+
+
 def uneven_batches_of_unknown_weight_are_refused():
     batches = [data()[RANK]]  # even on each process, uneven over all
     H = curvature.Hessian(build(), lambda output, target: F.cross_entropy(output, target), batches)
@@ -225,6 +259,15 @@ def uneven_batches_of_unknown_weight_are_refused():
         H @ torch.ones(H.shape[0])
     except ValueError as error:
         assert "uneven batches" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+def sharded_parameters_are_refused():
+    try:
+        curvature.Hessian(fully_shard(build()), nn.CrossEntropyLoss(), data()[:1])
+    except TypeError as error:
+        assert "'0.weight' is sharded" in str(error)
     else:
         raise AssertionError("no error")
 
@@ -250,8 +293,11 @@ SCENARIOS = [
     samples_of_unlike_processes_are_refused,
     one_all_reduce_a_product,
     an_error_on_one_process_ends_all,
+    an_error_before_the_first_batch_ends_all,
+    different_matrices_are_refused,
     different_parameters_are_refused,
     uneven_batches_of_unknown_weight_are_refused,
+    sharded_parameters_are_refused,
     no_data_anywhere_is_told,
 ]
 

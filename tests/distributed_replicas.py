@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,14 @@ def closures_and_attach_equal_one_process():
 
 
 @scenario
+def an_empty_chain_does_not_wait_for_others():
+    model = build()
+    optimizer = wrap(sgd(model.parameters()), model, [])
+    if RANK == 0:
+        optimizer.step(lambda: backward(model, *data(0)))
+
+
+@scenario
 def gradient_accumulation_equals_one_process():
     model = DistributedDataParallel(build())
     optimizer = wrap(sgd(model.parameters()), model, CHAINS["bnp"]())
@@ -83,6 +92,34 @@ def gradient_accumulation_equals_one_process():
         backward(model, x[2:], y[2:], WORLD)
         optimizer.step()
     assert_same("accumulation", model, optimizer, alone("bnp"))
+
+
+@scenario
+def compiled_passes_add_up_and_are_thrown_away():
+    """Nobody sees one begin; views of buckets are built anew after the first step."""
+
+    def make():
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Flatten(), nn.Linear(72, 3), nn.Tanh(), nn.Linear(3, 1))
+
+    model, single = DistributedDataParallel(make(), gradient_as_bucket_view=True), make()
+    optimizer = wrap(sgd(model.parameters()), model, CHAINS["bnp"]())
+    reference = wrap(sgd(single.parameters()), single, CHAINS["bnp"](), process_group=False)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    for step in range(STEPS):
+        x, y = data(step)
+        for part in range(2):
+            own = slice(2 * RANK + part, 2 * RANK + part + 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # dynamo's own
+                backward(compiled, x[own], y[own], WORLD)
+        backward(single, x[: 2 * WORLD], y[: 2 * WORLD])
+        if step != 1:
+            optimizer.step()
+            reference.step()
+        optimizer.zero_grad()
+        reference.zero_grad()
+    assert_same("compiled", model, optimizer, (single, reference))
 
 
 @scenario

@@ -12,7 +12,7 @@ HERE = pathlib.Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
 
 
-def launch(processes, *command, timeout=80):
+def launch(processes, *command, timeout=120):
     """Runs a script under torchrun; a deadlock ends by the timeout, and a failure shows every rank's traceback."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}  # this package, no other
     run = subprocess.Popen(

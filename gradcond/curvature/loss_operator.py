@@ -115,6 +115,12 @@ class LossOperator(Operator):
         if num_batches(data) == 0 and not self.processes.several:
             raise ValueError("expected at least one batch, got an empty data set")
         self.method = method
+        for name, p in self.model.named_parameters():
+            if hasattr(p, "device_mesh"):
+                raise TypeError(
+                    f"expected whole parameters, but {name!r} is sharded (a DTensor); load the full state into a "
+                    "plain model: torch.distributed.checkpoint.state_dict gathers it with full_state_dict=True"
+                )
         self._forms = {name: _form(p) for name, p in self.model.named_parameters() if p.requires_grad}
         self.names = list(self._forms)
         if not self.names:
@@ -322,7 +328,7 @@ class LossOperator(Operator):
             error = caught
         total, sums = added(), mean.sums
         if self.processes.several:
-            kinds = self.processes.agree(self._same(), mean.kinds)
+            kinds = self.processes.agree(self._same() if error is None else None, mean.kinds)
             total, sums = self._add_up(total, sums, error)
             require_one_kind(kinds)
         return total.div_(divisor(*sums))
@@ -334,7 +340,7 @@ class LossOperator(Operator):
     def _same(self) -> dict[str, Any]:
         """What must be the same on every process."""
         norms = torch.stack([p.detach().double().norm() for p in self.parameters])
-        return {"parameters": float(norms.norm()), "names": tuple(self.names)}
+        return {"kind": type(self).__name__, "parameters": float(norms.norm()), "names": tuple(self.names)}
 
     def _product(self, evaluation: Evaluation, columns: int) -> Product:
         """The product with the matrix of a batch; the graph of a single batch is kept until something changes."""

@@ -233,6 +233,8 @@ def divisor(weight: Any, weighted: float, unweighted: float) -> Any:
     """What the sum over the batches is divided by, from Mean.sums of all of them."""
     if not weighted and not unweighted:
         raise ValueError("expected at least one batch that counts, got an empty data set")
+    if weighted and unweighted:
+        raise ValueError("expected the mean of all batches or the sum of all, got means and sums: take one loss_fn")
     if not weighted:
         return 1.0
     if not float(weight) > 0:

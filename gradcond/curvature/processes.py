@@ -71,8 +71,10 @@ class Processes:
         dist.all_gather_object(everyone, own, group=self.group)
         return everyone
 
-    def agree(self, same: dict[str, Hashable], kinds: set[Hashable]) -> set[Hashable]:
+    def agree(self, same: dict[str, Hashable] | None, kinds: set[Hashable]) -> set[Hashable]:
         """The kinds of batches of all processes; once, the first time, and after that this process's own.
+
+        A process that an error has kept from saying what must be the same says None.
 
         Raises:
             ValueError: something that must be the same is not.
@@ -80,9 +82,10 @@ class Processes:
         if self._agreed:
             return kinds
         everyone = self.gather((same, kinds))
-        for name, value in same.items():
-            others = [own[name] for own, _ in everyone]
-            if any(other != value for other in others):
+        told = [own for own, _ in everyone if own is not None]
+        for name in told[0] if told else ():
+            others = [own[name] for own in told]
+            if any(other != others[0] for other in others):
                 raise ValueError(f"expected the same {name} on every process, got {others}")
-        self._agreed = True
+        self._agreed = len(told) == len(everyone)
         return set().union(*(own for _, own in everyone))
