@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from dense_curvature import assert_same_operator, ggn_of, hessian_of, jacobian, trainable
 from torch import distributed, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -289,3 +290,45 @@ def test_half_precision(kind):
     for method in ("double_backward", "forward_over_reverse"):
         H = kind(model.bfloat16(), nn.CrossEntropyLoss(), [(x, y)], method=method)
         assert (H.to_dense().double() - exact).norm() <= 0.05 * exact.norm()
+
+
+class Once(torch.autograd.Function):
+    """A tanh whose backward cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+@pytest.mark.parametrize("method", ["auto", "double_backward"])
+@pytest.mark.parametrize("kind", [Hessian, GGN, EmpiricalFisher, MonteCarloFisher])
+def test_what_has_no_second_derivative_is_refused(kind, method):
+    """Of such a function torch takes the second derivative for zero."""
+    model = nn.Sequential(nn.Linear(3, 4), Lambda(lambda _, x: Once.apply(x)), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.randint(0, 2, (5,))
+    H = kind(model, nn.CrossEntropyLoss(), [(x, y)], method=method)
+    with pytest.raises(ValueError, match="one of the model's or the loss's has no second derivative"):
+        H @ torch.ones(H.shape[0])
+    above = H.block("2.*")  # nothing of it goes through that function
+    alone = kind(model[2], nn.CrossEntropyLoss(), [(model[:2](x).detach(), y)])
+    torch.testing.assert_close(above.to_dense(), alone.to_dense())
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_embeddings_that_shorten_their_rows_are_left_as_they_are(kind, batches):
+    model = nn.Sequential(nn.Embedding(6, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3))
+    x, y = torch.randint(0, 6, (8, 2)), torch.randint(0, 3, (8,))
+    H = kind(model, nn.CrossEntropyLoss(), list(zip(x.chunk(batches), y.chunk(batches), strict=True)))
+    before = model[0].weight.detach().clone()
+    dense = H.to_dense()
+    assert torch.equal(model[0].weight, before) and before.norm(dim=1).max() > 0.5
+    model(torch.arange(6).view(3, 2))  # now they are short
+    assert model[0].weight.norm(dim=1).max() < 0.5 + 1e-6
+    torch.testing.assert_close(dense, H.to_dense())

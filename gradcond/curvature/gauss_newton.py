@@ -36,6 +36,7 @@ class GaussNewtonOperator(LossOperator):
         # J^T u is linear in u: its derivative along v is J v
         dummies = [torch.zeros_like(z, requires_grad=True) for z in tops]
         pulled = grad(tops, parameters, dummies, create_graph=True)
+        self._look_through(pulled)
         linear = [i for i, g in enumerate(pulled) if g.requires_grad]
         slopes = dict(zip(linear, roots([pulled[i] for i in linear]), strict=True))
         del pulled

@@ -76,6 +76,7 @@ class Hessian(LossOperator):
     def _double_backward(self, evaluation: Evaluation) -> Product:
         parameters = evaluation.parameters
         gradient = grad([evaluation.loss()], parameters, create_graph=True)
+        self._look_through(gradient)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]
         slopes = dict(zip(curved, roots([gradient[i] for i in curved]), strict=True))
         del gradient

@@ -19,7 +19,17 @@ from gradcond.curvature.objective import Mean, Objective, Share, divisor, requir
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, normal, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
 from gradcond.curvature.processes import Processes
-from gradcond.curvature.products import METHODS, Parts, Probe, Product, Trial, fastest_together, grad, probe
+from gradcond.curvature.products import (
+    METHODS,
+    Parts,
+    Probe,
+    Product,
+    Trial,
+    fastest_together,
+    grad,
+    probe,
+    require_derivatives,
+)
 from gradcond.curvature.sketch import relative_difference, sketch
 from gradcond.curvature.snapshot import Snapshot
 from gradcond.curvature.vectors import Sum, parts_of, stacked
@@ -141,6 +151,7 @@ class LossOperator(Operator):
         self._way: int | None = None  # in which several columns go in one pass, where they do
         self._tried = 0  # with how many it was tried
         self._kept: Kept | None = None
+        self._looked_through = False
         self.made_by: Any = None  # what makes the products in its place, together with those of other blocks
 
     @property
@@ -389,6 +400,12 @@ class LossOperator(Operator):
             *(self.model, loss.loss_fn, loss.output, loss.target, self.objective.weight_fn, batch, self.names),
             *(self._seed, *autocast, *self._settings()),
         )
+
+    def _look_through(self, gradients: Sequence[Tensor]) -> None:
+        """At the graph that second derivatives are taken of, once."""
+        if not self._looked_through:
+            require_derivatives(gradients)
+            self._looked_through = True
 
     def _probe(self, evaluation: Evaluation) -> tuple[Probe, Product | None]:
         if self.method == "double_backward":

@@ -127,7 +127,7 @@ def left_as_found(
     ``only_torch`` is for what is known to draw nothing from Python's and NumPy's generators.
     """
     with torch.inference_mode(False), torch.enable_grad(), _switched(model), _without_hooks(model, parameters):
-        with _seeded(data, seed, only_torch):
+        with _seeded(data, seed, only_torch), _renormalized_back(model):
             yield
 
 
@@ -185,6 +185,21 @@ def _without_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[N
             p._backward_hooks = found
         for table, own in zip(tables, contents, strict=True):
             table.update(own)
+
+
+@contextmanager
+def _renormalized_back(model: nn.Module) -> Iterator[None]:
+    """Embeddings with max_norm shorten their own rows in each pass."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    weights = [m.weight for m in model.modules() if isinstance(m, kinds) and m.max_norm is not None]
+    found = [w.detach().clone() for w in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, before in zip(weights, found, strict=True):
+                if not torch.equal(w, before):
+                    w.copy_(before)
 
 
 class Draws:

@@ -52,6 +52,23 @@ def grad(
     return tuple(x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(slopes, xs, strict=True))
 
 
+def require_derivatives(gradients: Sequence[Tensor]) -> None:
+    """Raise ValueError where an operation's derivative has none: torch takes it for zero without a word."""
+    left = [g.grad_fn for g in gradients if g.grad_fn is not None]
+    seen = set(left)
+    while left:
+        node = left.pop()
+        if node.name() == "torch::autograd::Error":
+            raise ValueError(
+                "expected operations that can be differentiated twice, but one of the model's or the loss's has no "
+                "second derivative (a torch.autograd.Function whose backward is marked @once_differentiable?); "
+                "write its backward by differentiable operations"
+            )
+        below = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= below
+        left += below
+
+
 @functools.cache
 def warm_forward_mode() -> None:
     """The first dual number makes torch load its decompositions, by a function that it deprecates itself."""
