@@ -101,8 +101,8 @@ class Engine:
             return
         if any(c.uses_inputs and c.taps != self.observer.taps for c in self.chain):
             raise ValueError(
-                f"expected taps={self.observer.taps}, as when the optimizer was wrapped, got {self.chain}: the "
-                "statistics are of another shape. Set it back, or wrap the optimizer anew"
+                f"expected taps={self.observer.taps}, as it was when the optimizer was wrapped, got "
+                f"{not self.observer.taps}: its statistics are of another shape; wrap the optimizer anew"
             )
         self.settings = now
         self.fixed_maps.clear()
@@ -180,11 +180,6 @@ class Engine:
     @torch.compiler.disable
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """A new step, over these parameter groups: its first gradients decide its P."""
-        if any(c.taps != self.observer.taps for c in self.chain if c.uses_inputs):
-            raise ValueError(
-                f"expected taps={self.observer.taps}, as it was when the optimizer was wrapped, got "
-                f"{not self.observer.taps}: its statistics are of another shape; wrap the optimizer anew"
-            )
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
             self.detach()
             self._attach()

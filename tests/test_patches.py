@@ -133,7 +133,7 @@ def test_taps_cannot_be_changed_on_the_way():
     step(model, optimizer := wrapped(model), inputs(4, 2, 5))
     before = copy.deepcopy((model.state_dict(), state_of(optimizer)))
     optimizer.conditioners[0].taps = False
-    with pytest.raises(ValueError, match="taps=True, as when"):
+    with pytest.raises(ValueError, match="taps=True, as it was when"):
         step(model, optimizer, inputs(4, 2, 5))
     assert_close((dict(model.state_dict()), state_of(optimizer)), (dict(before[0]), before[1]), rtol=0, atol=0)
     optimizer.conditioners[0].taps = True

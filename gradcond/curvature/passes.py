@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -126,18 +126,19 @@ def left_as_found(
 
     ``only_torch`` is for what is known to draw nothing from Python's and NumPy's generators.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _switched(model), _without_hooks(model, parameters):
-        with _seeded(data, seed, only_torch), _renormalized_back(model):
+    modules = list(model.modules())
+    with torch.inference_mode(False), torch.enable_grad(), _switched(modules), _without_hooks(modules, parameters):
+        with _seeded(data, seed, only_torch), _renormalized_back(modules):
             yield
 
 
 @contextmanager
-def _switched(model: nn.Module) -> Iterator[None]:
+def _switched(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Every switch as second derivatives need it."""
     dynamo = "torch._dynamo" in sys.modules
     # cuDNN's recurrent kernels have none
-    recurrent = torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in model.modules())
-    normalized = any(map(_normalizes_weights, model.modules()))
+    recurrent = torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in modules)
+    normalized = any(map(_normalizes_weights, modules))
     before = [get() for get, _, _ in SWITCHES]
     try:
         for _, put, wanted in SWITCHES:
@@ -169,10 +170,10 @@ def _normalized(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 @contextmanager
-def _without_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
+def _without_hooks(modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> Iterator[None]:
     """A gradient hook on a parameter or module changes what is learned, not the loss whose curvature we want."""
     hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks is not None]
-    tables = [table for m in model.modules() for table in (m._backward_hooks, m._backward_pre_hooks) if table]
+    tables = [table for m in modules for table in (m._backward_hooks, m._backward_pre_hooks) if table]
     contents = [dict(table) for table in tables]
     try:
         for p, _ in hooks:
@@ -188,10 +189,10 @@ def _without_hooks(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[N
 
 
 @contextmanager
-def _renormalized_back(model: nn.Module) -> Iterator[None]:
+def _renormalized_back(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Embeddings with max_norm shorten their own rows in each pass."""
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    weights = [m.weight for m in model.modules() if isinstance(m, kinds) and m.max_norm is not None]
+    weights = [m.weight for m in modules if isinstance(m, kinds) and m.max_norm is not None]
     found = [w.detach().clone() for w in weights]
     try:
         yield
