@@ -104,6 +104,35 @@ def test_curvlinops_hessian_raises_on_group_norm():
     assert_same(ours("Hessian", model, CROSS_ENTROPY, [(x, y)]), dense_hessian(model, CROSS_ENTROPY, x, y))
 
 
+class NormalizedByFormula(nn.Module):
+    """What weight_norm makes of a linear layer, its parameters in the same order."""
+
+    def __init__(self, layer):
+        super().__init__()
+        direction = layer.weight.detach()
+        self.bias = nn.Parameter(layer.bias.detach().clone())
+        self.length = nn.Parameter(direction.norm(dim=1, keepdim=True))
+        self.direction = nn.Parameter(direction.clone())
+
+    def forward(self, x):
+        weight = self.direction * (self.length / self.direction.norm(dim=1, keepdim=True))
+        return nn.functional.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("peer", peers.MODULES)
+def test_hessians_behind_weight_normalization_are_wrong_or_raise(peer):
+    """The second derivative of torch's kernel is wrong, and forward mode has none; we differentiate the formula."""
+    model, x, y = mlp(), torch.randn(12, 4), classes()
+    dense = dense_hessian(nn.Sequential(NormalizedByFormula(model[0]), *model[1:]), CROSS_ENTROPY, x, y)
+    nn.utils.parametrizations.weight_norm(model[0])
+    assert_same(ours("Hessian", model, CROSS_ENTROPY, [(x, y)]), dense)
+    if peer == "curvlinops":
+        with pytest.raises(NotImplementedError, match="forward AD with _weight_norm_interface"):
+            theirs(peer, "Hessian", model, CROSS_ENTROPY, [(x, y)])
+    else:
+        assert error(theirs(peer, "Hessian", model, CROSS_ENTROPY, [(x, y)]), dense) > 0.03
+
+
 @pytest.mark.parametrize(
     ("peer", "kind"), [("curvlinops", "Hessian"), ("curvlinops", "GGN"), ("hessian-eigenthings", "GGN")]
 )
