@@ -1,6 +1,7 @@
 """Dense curvature matrices of the one concatenated loss by double backward, never by torch.func."""
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -56,3 +57,13 @@ def assert_same_operator(operator, dense, relative=1e-12):
 
 def split(input, target, sizes):
     return list(zip(input.split(sizes), target.split(sizes), strict=True))
+
+
+def mlp():
+    """A small network in eval mode, with running statistics."""
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).eval()
+
+
+def problem(rows=6):
+    """It, with inputs and targets."""
+    return mlp(), torch.randn(rows, 4), torch.randint(0, 3, (rows,))

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dense_curvature import assert_same_operator, dense_ggn
+from dense_curvature import assert_same_operator, dense_ggn, problem
 from torch import nn
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher, products
@@ -15,11 +15,6 @@ from gradcond.curvature.products import Probe, fastest_together
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
 WAYS = [(kind, "double_backward", way) for kind in KINDS for way in (None, 0)]
 WAYS += [(GGN, "double_backward", 1), (GGN, "forward_over_reverse", None), (GGN, "forward_over_reverse", 0)]
-
-
-def problem(rows=6):
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).eval()
-    return model, torch.randn(rows, 4), torch.randint(0, 3, (rows,))
 
 
 def taking(H, method, way, seconds=0.01):
