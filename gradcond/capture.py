@@ -63,7 +63,7 @@ class InputCapture(_Hook):
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
         self.traced: Moments | None = None  # rows of compiled calls, whose outputs cannot be hooked
-        self.accumulated: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
+        self.accumulated: tuple[Callable[[], Tensor | None], int] = (_nothing, 0)
         self.shard: Callable[[], Any] = _nothing  # the parameter of FSDP2, which backward passes replace
         self.replaced = False  # did the last backward pass end with another gradient than it had accumulated?
         self.kept_back = False  # does FSDP2 keep the gradient to itself until a later backward pass?

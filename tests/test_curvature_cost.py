@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-from functools import partial
 
 import numpy as np
 import pytest
@@ -155,8 +154,6 @@ def test_a_killed_run_goes_on_from_the_products_it_has_made(tmp_path, monkeypatc
 
     monkeypatch.setattr(curvature_scale, "large_gpt", lambda: Padded(256, 4).float())
     monkeypatch.setattr(curvature.Hessian, "_columns", counted)
-    # else it is taken as the faster one, and the two runs may differ in rounding
-    monkeypatch.setattr(curvature, "Hessian", partial(curvature.Hessian, method="double_backward"))
 
     def run(out):
         made.clear()

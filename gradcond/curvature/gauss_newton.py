@@ -66,13 +66,12 @@ class GaussNewtonOperator(LossOperator):
             if forward:
                 tops, bend = self._evaluate(evaluation)
                 pushed = outputs_along(evaluation, names, dict(zip(names, parts, strict=True)))
-                bent = bend(pushed, batched)
-                return grad(tops, parameters, bent, batched=batched, free=True)
-            with duals(of_name, parts) as moved:
-                tops, bend = self._evaluate(evaluation, moved)
-                both = [primal_and_tangent(z) for z in tops]
-            bent = bend([tangent.detach() for _, tangent in both], batched)
-            return grad([primal for primal, _ in both], parameters, bent, free=True)
+            else:
+                with duals(of_name, parts) as moved:
+                    tops, bend = self._evaluate(evaluation, moved)
+                    both = [primal_and_tangent(z) for z in tops]
+                tops, pushed = [primal for primal, _ in both], [tangent.detach() for _, tangent in both]
+            return grad(tops, parameters, bend(pushed, batched), batched=batched, free=True)
 
         return product
 
