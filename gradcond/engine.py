@@ -376,7 +376,8 @@ class Engine:
             # a sum may overflow, or be zero, where no number is: then each is looked at
             bad = not cmath.isfinite(total) and bool(self._not_finite(held, moments))
             busy = bool(taken) or total != 0 or any(bool(grad.any()) for grad in grads)
-        merged, (bad, busy) = self.ranks.merge(self.captures, moments, bad, busy, device=self._device)
+        around = self._means() if self.ranks.several else {}
+        merged, (bad, busy) = self.ranks.merge(self.captures, moments, around, bad, busy, device=self._device)
         if bad:
             where = ", ".join(self._not_finite(held, moments)[:5]) or "those of another rank"
             raise ValueError(
@@ -385,6 +386,15 @@ class Engine:
             )
         self.idle = self.idle and not busy
         return merged
+
+    def _means(self) -> dict[str, Tensor]:
+        """The running means of the layers' inputs."""
+        return {
+            name: state["mean"]
+            for conditioner, states in zip(self.chain, self.states, strict=True)
+            for name, state in states.items()
+            if conditioner.uses_inputs and "mean" in state
+        }
 
     def _not_finite(self, held: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> list[str]:
         ids = {id(p) for p in held}
