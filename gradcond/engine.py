@@ -104,6 +104,8 @@ class Engine:
                 f"expected taps={self.observer.taps}, as it was when the optimizer was wrapped, got "
                 f"{not self.observer.taps}: its statistics are of another shape; wrap the optimizer anew"
             )
+        for conditioner in self.chain:
+            conditioner.check({})
         self.settings = now
         self.fixed_maps.clear()
         self._ask_refusals()
@@ -186,6 +188,10 @@ class Engine:
         self._follow_settings()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self._ask_refusals()
+        if any(conditioner.uses_rate for conditioner in self.chain):
+            for group in groups:
+                if group.get("gradcond", True):
+                    _rate(group)  # raises before anything is touched
         self.groups = groups
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
@@ -493,7 +499,13 @@ class Engine:
 
 def _rate(group: Mapping[str, Any]) -> Any:
     """The size of the optimizer's step for a gradient of one that stays."""
-    return group["lr"] / (1 - group.get("momentum", 0.0))
+    momentum = group.get("momentum", 0.0)
+    if momentum >= 1:
+        raise ValueError(
+            f"expected momentum below 1 beside a conditioner that goes by the size of the steps, got {momentum}: a "
+            "gradient that stays would be added up without end"
+        )
+    return group["lr"] / (1 - momentum)
 
 
 def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | None) -> tuple[Rows, Rows]:
