@@ -26,6 +26,8 @@ from gradcond.statistics import Moments
 __all__ = ["BatchNormProbe", "InputCapture"]
 
 dist = torch.distributed
+# before torch had the first, torch.export alone set the second
+_EXPORTING = "_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag") else "_is_compiling_flag"
 
 
 def _nothing() -> None:
@@ -234,7 +236,7 @@ class _Call:
 def _is_traced() -> bool:
     """Is the pass one of torch.export or torch.jit.trace? What they write down is the model alone."""
     # not is_exporting(), which older versions of dynamo take for true in every compiled pass
-    return torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False)
+    return torch.jit.is_tracing() or bool(getattr(torch.compiler, _EXPORTING, False))
 
 
 def _hook(output: Tensor, call: _Call) -> None:
