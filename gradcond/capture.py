@@ -286,8 +286,8 @@ class BatchNormProbe(_Hook):
         for capture in self.captures:
             output_ref, version = capture.last_output
             last = output_ref()
-            # an in-place activation in between moves the version
-            if last is not None and last is x and last._version == version:
+            # an in-place activation in between moves the version; with more axes, channels are not the units
+            if last is not None and last is x and last._version == version and x.dim() == 2 + capture.layer.taps:
                 capture.feeds_batch_norm = True
 
     def remove(self) -> None:
