@@ -247,6 +247,16 @@ ADAPTERS = {
         ValueError,
         "to have 4 numbers along axis 1",
     ),
+    "rows of one that is transposed": (
+        dict(weight="kernel", transposed=True, span=(0, 2), observe=seen),
+        ValueError,
+        r"Transposed.kernel to be \(out, in\), since span= takes rows of it, got transposed=True",
+    ),
+    "several that are transposed": (
+        dict(weight=("kernel", "kernel"), transposed=True, observe=seen),
+        ValueError,
+        r"to be \(out, in\), since several weights are joined",
+    ),
     "no tensor": (
         dict(weight="kernel", transposed=True, observe=lambda *call: [1.0]),
         TypeError,
