@@ -228,6 +228,21 @@ def test_the_preconditioner_of_a_checkpoint_is_that_of_the_optimizer(chain):
     assert torch.equal(m.factor(v), optimizer.preconditioner().factor(v))
 
 
+def test_a_bias_that_is_frozen_since_the_last_step_is_no_part_of_the_preconditioner():
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP()], lr=0.1)
+    backward(model, x)
+    optimizer.step()
+    model[0].bias.requires_grad_(False)
+    m = optimizer.preconditioner()
+    state = roundtrip(optimizer.state_dict())
+    assert torch.equal(gradcond.load_preconditioner(model, state).factor(torch.eye(20)), m.factor(torch.eye(20)))
+    assert_close(m.factor(m.factor_transpose(torch.eye(20))), m.apply(torch.eye(20)))
+    mean, variance = x.mean(0), x.var(0, correction=0)
+    metric = torch.diag(variance + 1e-2 * variance.max() + 1e-4) + torch.outer(mean, mean)
+    assert_close(m.apply(torch.eye(20))[:5, :5], metric.inverse())  # what the coming step will use
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("chain", ["bnp", "gc", "ws", "none"])
 def test_copies_train_on_by_themselves(how, chain):
