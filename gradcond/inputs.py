@@ -78,9 +78,10 @@ class Observer:
         if self.ghost is not None and axis > 0:
             x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)
             count = min(count, x.numel() // x.shape[layer.channel_axis(x)])
-        if self.taps and layer.convolution and not meets_all(layer):
+        if self.taps and has_positions and layer.convolution and not meets_all(layer):
             seen = count if layer.transposed else rows  # how much they weigh beside other calls': patches
-            return Moments(seen, samples, rows, *(moment.flatten() for moment in patch_moments(layer, x)))
+            found = patch_moments(layer, x, output.shape[-layer.taps :])
+            return Moments(seen, samples, rows, *(moment.flatten() for moment in found))
         mean, variance = self._channel_moments(x, layer.channel_axis(x))
         if self.taps and layer.kernel_size > 1:  # no convolution: which positions its taps meet is not known
             mean, variance = (moment.repeat_interleave(layer.kernel_size) for moment in (mean, variance))
