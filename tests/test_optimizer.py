@@ -15,7 +15,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing import assert_close
 
 import gradcond
-from gradcond import BNP, GradientCentralization, MeanShiftRejection, RateDamping, WeightStandardization, wrap
+from gradcond import (
+    BNP,
+    GradientCentralization,
+    MeanShiftRejection,
+    NormClipping,
+    RateDamping,
+    WeightStandardization,
+    wrap,
+)
 
 
 def network(seed=0):
@@ -106,6 +114,31 @@ def test_rows_that_are_backpropagated_twice_count_once():
     loss.backward()
     optimizer.step()
     assert optimizer._engine.states[0]["0"]["rows"] == 6
+
+
+@pytest.mark.parametrize("how", ["thrown away", "added", "put together", "of the step before"])
+@pytest.mark.parametrize("chain", [[BNP(decay=0.0)], [BNP(decay=0.0), NormClipping()]], ids=len)
+def test_rows_of_a_graph_that_is_kept_make_its_next_gradient_too(how, chain):
+    model, x = build("linear", True)
+    optimizer = wrapped(model, chain, lr=0.0)
+    y = model(x)
+    for _ in range(2 if how == "of the step before" else 1):  # the second one may be taken at one go
+        y[:, 0].sum().backward(retain_graph=True)
+        if how == "of the step before":
+            optimizer.step()
+    first = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    model(10 * x[:1]).sum().backward()  # another pass, of a gradient that nobody wants
+    optimizer.zero_grad(set_to_none=False)
+    (y[:, 1] ** 2).sum().backward()
+    if how in ("added", "put together"):
+        for p, g in zip(model.parameters(), first, strict=True):
+            p.grad = p.grad.add_(g) if how == "added" else p.grad + g
+    optimizer.step()
+    rows = torch.cat([x, 10 * x[:1]]) if how == "put together" else x  # of all gradients that may be in it
+    state = optimizer._engine.states[0]["0"]
+    assert_close((state["mean"], state["variance"]), (rows.mean(0), rows.var(0, correction=0)))
+    assert state["rows"] == len(rows)
 
 
 def test_a_closure_is_evaluated_with_grad_by_optimizers_that_forget_to():
