@@ -63,7 +63,7 @@ class InputCapture(_Hook):
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
         self.again: Moments | None = None  # those that have made an earlier gradient, too: of a graph that was kept
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
-        self.gradient = 1  # its number
+        self.gradient = 1  # the number of the one that is being accumulated
         self.traced: Moments | None = None  # rows of compiled calls, whose outputs cannot be hooked
         self.accumulated: tuple[Callable[[], Tensor | None], int] = (_nothing, 0)
         self.shard: Callable[[], Any] = _nothing  # the parameter of FSDP2, which backward passes replace

@@ -117,8 +117,8 @@ def zero_mean_init_(model: nn.Module, norm: float = 1.0, *, generator: torch.Gen
 
     Weights are drawn from U(-1, 1); each kernel's mean over its taps is subtracted (the mean over the inputs
     where kernels have one tap, Linear included); each output unit's row is scaled to the Euclidean norm; biases
-    are zero. Rows of a single weight have no mean to give up and are only scaled. Embeddings and recurrent layers
-    stay as they are.
+    are zero. Rows of a single weight have no mean to give up and are only scaled. Embeddings, recurrent layers
+    and weights that are shared or computed stay as they are.
 
     Args:
         model: changed in place.
