@@ -51,8 +51,10 @@ class Observer:
         else:
             with torch.no_grad():
                 x = layer.observe(layer.module, args, kwargs, output)
-        if x is None or isinstance(x, Moments):
-            return x
+        if x is None:
+            return None
+        if isinstance(x, Moments):
+            return _fitting(layer, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"expected observe of layer {layer.name!r} to return a tensor, got {type(x).__name__}")
         sequences = x.size(0) if x.is_nested else 0
@@ -132,6 +134,17 @@ class Observer:
             seen = weakref.ref(x), x._version, axis, channel_moments(x, axis)
             self.seen[id(x)] = seen
         return seen[3]
+
+
+def _fitting(layer: Layer, moments: Moments) -> Moments:
+    """Moments that an adapter gives, if they are of the layer's inputs."""
+    shapes = tuple(moments.mean.shape), tuple(moments.variance.shape)
+    if shapes[0] != shapes[1] or shapes[0] not in ((layer.inputs,), (layer.inputs * layer.kernel_size,)):
+        raise ValueError(
+            f"expected moments of {layer.inputs} numbers for layer {layer.name!r}, one per input, got mean "
+            f"{shapes[0]} and variance {shapes[1]}; let its adapter's observe= give those of the whole input"
+        )
+    return moments
 
 
 def _frequencies(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
