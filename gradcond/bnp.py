@@ -259,7 +259,7 @@ class _Whitening(RowMap):
         layer, mean, metric = self.layer, self.mean, self.metric
         if weight.dim() == 2:
             return weight, *self._vectors
-        if len(weight) > 1 or layer.transposed:
+        if weight.dim() > 3 + layer.taps or len(weight) > 1 or layer.transposed:  # several vectors, or groups
             return None, mean, metric
         if layer.taps and mean.numel() < layer.fan_in:
             mean, metric = mean.expand(1, 1, *weight.shape[2:]), metric.expand(1, 1, *weight.shape[2:])
