@@ -48,10 +48,11 @@ class _Hook:
 class InputCapture(_Hook):
     """Collects the input moments of one layer's calls between two steps.
 
-    A call is reached when the gradient of its output is computed, and counts when the weight's gradient is
-    accumulated after that: derivatives that leave no gradient in the weight (of the inputs, or a Hessian
-    product) count nothing. Rows of a gradient that was thrown away, as a gradient scaler does with one that
-    overflowed, do not count either; when the step's gradient was put together from several ones, all rows do.
+    A call is reached when a backward pass computes the gradient of its output, or goes through what an earlier one
+    computed of it (of a penalty on derivatives), and counts when that pass accumulates the weight's gradient:
+    derivatives that leave no gradient in the weight (of the inputs, or a Hessian product) count nothing. Rows of a
+    gradient that was thrown away, as a gradient scaler does with one that overflowed, do not count either; when
+    the step's gradient was put together from several ones, all rows do.
     """
 
     def __init__(self, layer: Layer, observer: Observer) -> None:
@@ -111,7 +112,8 @@ class InputCapture(_Hook):
             return
         if self.watched[0]() is not weight:  # it has been unfrozen or replaced
             self._watch(weight)
-        self.reached.clear()  # what was reached and never counted was no training
+        if torch._C._current_graph_task_id() < 0:  # no second forward of checkpointing, within a backward pass
+            self.reached.clear()  # what was reached and never counted was no training
         call = _Call(self, seen)
         if isinstance(output, Tensor):
             if self.probed:
@@ -149,17 +151,19 @@ class InputCapture(_Hook):
             self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
 
     def count(self, grad: Tensor | None) -> None:
-        """The calls that were reached have made a gradient: their rows count, each once."""
-        if not self.reached and self._is_new(grad):  # of compiled calls, or of none here that had rows
+        """The calls that this pass has reached have made a gradient: their rows count, each once."""
+        task = torch._C._current_graph_task_id()
+        reached = [call for call in self.reached.values() if call.task == task]
+        if not reached and self._is_new(grad):  # of compiled calls, or of none here that had rows
             self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
         if self.traced is not None:
             self._collect(self.traced)
             self.traced = None
-        for call in self.reached.values():
+        for call in reached:
             if not call.counted:
                 self._collect(call.moments)
             call.counted = True
-        self.reached.clear()
+            del self.reached[id(call)]
         if grad is not None:
             self.accumulated = weakref.ref(grad), grad._version
 
@@ -207,20 +211,30 @@ class InputCapture(_Hook):
 class _Call:
     """A hook on the node that made one call's output: says when a backward pass reaches it."""
 
-    __slots__ = "capture", "counted", "seen"
+    __slots__ = "capture", "counted", "seen", "task"
 
     def __init__(self, capture: InputCapture, seen: Moments | Deferred) -> None:
         self.capture, self.seen = capture.me, seen
         self.counted = False
+        self.task = -1  # the backward pass that has reached it last
 
-    def __call__(self, grads: Any) -> None:
-        """Notes the call."""
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        """Notes the call; where the gradient will be differentiated itself, marks it."""
         capture = self.capture()
-        if capture is not None:
-            if isinstance(self.seen, Deferred) and self.seen.moments is None:
-                capture.observer.settle()
-            capture.begin()
-            capture.reached[id(self)] = self
+        if capture is None:
+            return None
+        if isinstance(self.seen, Deferred) and self.seen.moments is None:
+            capture.observer.settle()
+        capture.begin()
+        self.task = torch._C._current_graph_task_id()
+        capture.reached[id(self)] = self
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        marked = tuple(None if g is None else _Mark.apply(g, capture.weight) for g in grads)
+        for g in marked:
+            if g is not None:
+                _hook(g, self)
+        return marked
 
     @property
     def moments(self) -> Moments:
@@ -229,6 +243,20 @@ class _Call:
             assert self.seen.moments is not None
             return self.seen.moments
         return self.seen
+
+
+class _Mark(torch.autograd.Function):
+    """The identity on a gradient, with a node that leads to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
+        """The gradient itself."""
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Of the first argument."""
+        return *grads, None
 
 
 def _is_traced() -> bool:

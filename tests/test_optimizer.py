@@ -467,6 +467,45 @@ def test_derivatives_that_leave_no_gradient_do_not_count(what):
     assert_close(state["mean"], x.mean(0))
 
 
+@pytest.mark.parametrize("penalty_first", [True, False])
+@pytest.mark.parametrize("order", [1, 2])
+def test_rows_of_a_penalty_on_derivatives_count_whenever_it_was_computed(penalty_first, order):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    x, boundary = torch.randn(7, 3, dtype=torch.double, requires_grad=True), 9 + torch.randn(4, 3).double()
+
+    def penalty():
+        slopes = model(x).sum()
+        for _ in range(order):
+            (slopes,) = torch.autograd.grad(slopes.sum(), x, create_graph=True)
+        return slopes.square().sum()
+
+    terms = [penalty, lambda: model(boundary).sum()]
+    sum(term() for term in (terms if penalty_first else reversed(terms))).backward()
+    optimizer.step()
+    rows = torch.cat([x.detach(), boundary])
+    first, last = (optimizer._engine.states[0][name] for name in "02")
+    assert first["rows"] == last["rows"] == 11
+    assert_close(first["mean"], rows.mean(0))
+    assert_close(last["mean"], model[:2](rows).mean(0).detach())
+
+
+@pytest.mark.parametrize("method", ["double_backward", "forward_over_reverse"])
+def test_a_curvature_product_between_forward_and_backward_counts_nothing(method):
+    from gradcond.curvature import Hessian
+
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    H = Hessian(model, nn.MSELoss(), [(100 * x, torch.zeros(6, 4, dtype=x.dtype))], method=method)
+    loss = (model(x) ** 3).mean()
+    H @ torch.ones(H.shape[0], dtype=H.dtype)
+    loss.backward()
+    optimizer.step()
+    state = optimizer._engine.states[0]["0"]
+    assert state["rows"] == 6
+    assert_close(state["mean"], x.mean(0))
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_counts_rows_once(reentrant):
     from torch.utils.checkpoint import checkpoint
