@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -191,6 +191,14 @@ class Conditioner(ABC):
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters by name, as a checkpoint keeps them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Raises ValueError for hyper-parameters that there are none of, or values out of their range."""
+        settings = self.settings()
+        for key in values:
+            if key not in settings:
+                raise ValueError(f"{self.name} has no hyper-parameter {key!r}; it has {list(settings)}")
+        type(self)(**{**settings, **values})
 
     def refusal(self, layer: Layer) -> str | None:
         """Why a layer is left alone, or None when it is conditioned."""

@@ -131,6 +131,8 @@ class RateDamping(Conditioner):
         """The range of the factors."""
         if "factor" not in state:
             return "no step yet: identity"
+        if not state["factor"].numel():
+            return "no units"
         return f"factors {state['factor'].min():.2g} to {state['factor'].max():.2g}"
 
 

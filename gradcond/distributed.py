@@ -61,28 +61,31 @@ class Ranks:
 
     def any(self, *flags: bool, device: torch.device) -> tuple[bool, ...]:
         """For each flag: is it true on any rank?"""
-        return self.merge({}, {}, *flags, device=device)[1]
+        return self.merge({}, {}, {}, *flags, device=device)[1]
 
     def merge(
         self,
         captures: Mapping[str, InputCapture],
         moments: Mapping[str, Moments | None],
+        around: Mapping[str, Tensor],
         *flags: bool,
         device: torch.device,
     ) -> tuple[Mapping[str, Moments | None], tuple[bool, ...]]:
         """The moments of all ranks' rows together, in one all-reduce of float64 sums; every rank takes part.
 
-        Counts, flags and sums of h and h^2 travel in the layers' order, zeros where a rank saw no rows. In
-        float64 the squares cost less than the rounding of a mean in float32 does.
+        Counts, flags and sums of h - c and (h - c)^2 travel in the layers' order, zeros where a rank saw no rows,
+        c around[layer]: the squares of a large mean would cost a small variance its digits.
 
         Args:
             captures: by layer; what they know of batch normalization is shared, too.
             moments: of this rank's rows, by layer.
+            around: means that all ranks know already, by layer; c is 0 for other layers.
             flags: shared as well: true where they are on any rank.
             device: where the backend of the group wants its tensors.
         """
         if not self.several:
             return moments, flags
+        centers = {name: center.to(device, torch.float64) for name, center in around.items()}
         head: list[int] = [*flags]
         body: list[Tensor] = []
         for name, capture in captures.items():
@@ -92,6 +95,7 @@ class Ranks:
                 body.append(torch.zeros(2 * capture.size, dtype=torch.float64, device=device))
             else:
                 mean, variance = m.mean.to(device, torch.float64), m.variance.to(device, torch.float64)
+                mean = mean - centers.get(name, 0.0)
                 head += [m.count, m.samples, m.rows, capture.feeds_batch_norm]
                 body += [m.count * mean, m.count * (variance + mean.square())]
         flat = torch.cat([torch.tensor(head, dtype=torch.float64, device=device), *body])
@@ -105,16 +109,27 @@ class Ranks:
             total, squares = sums[: 2 * capture.size].chunk(2)
             sums = sums[2 * capture.size :]
             capture.feeds_batch_norm = feeds_batch_norm > 0
-            merged[name] = _moments(capture, count, samples, rows, total, squares) if count else None
+            center = centers.get(name, 0.0)
+            merged[name] = _moments(capture, count, samples, rows, total, squares, center) if count else None
         return merged, tuple(number > 0 for number in head[: len(flags)])
 
 
-def _moments(capture: InputCapture, count: int, samples: int, rows: int, total: Tensor, squares: Tensor) -> Moments:
+def _moments(
+    capture: InputCapture,
+    count: int,
+    samples: int,
+    rows: int,
+    total: Tensor,
+    squares: Tensor,
+    center: Tensor | float,
+) -> Moments:
     weight = capture.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)  # the same on all ranks, with rows or without
     mean = total / count
     variance = (squares / count - mean.square()).clamp_min(0)
-    return Moments(count, samples, rows, mean.to(weight.device, dtype), variance.to(weight.device, dtype))
+    return Moments(
+        count, samples, rows, (mean + center).to(weight.device, dtype), variance.to(weight.device, dtype)
+    )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

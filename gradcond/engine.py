@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcond.assignment import Assignment, Conditioned, Parameters, trained
+from gradcond.assignment import Assignment, Conditioned
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
-from gradcond.distributed import Ranks, reshard
-from gradcond.finite import total_of
+from gradcond.distributed import Ranks
+from gradcond.finite import not_finite, total_of
 from gradcond.inputs import Observer
-from gradcond.layers import Layer, Rows, find_layers, has_lazy
+from gradcond.layers import Layer, Rows, has_lazy
+from gradcond.plan import Plan
 from gradcond.preconditioner import Preconditioner
 from gradcond.screening import Screening
-from gradcond.shards import gathered, is_sharded, local, local_state, moving, opened, rows_are_local, shown
+from gradcond.shards import gathered, local, local_state, moving, opened, shown
 from gradcond.states import State, check_saved, copied, kept, loaded_states, saved_state
 from gradcond.statistics import Moments
 from gradcond.together import Together
@@ -73,14 +74,12 @@ class Engine:
 
     def _attach(self) -> None:
         """Finds the layers and hooks those whose inputs are needed."""
-        self.layers = find_layers(self.model)
-        self.places = [place for layer in self.layers.values() for place in layer.places.values()]
-        self.lazy = has_lazy(self.model)
-        self._ask_refusals()
+        self.plan = Plan(self.model, self.chain, self.only)
+        self.layers, self.lazy = self.plan.layers, has_lazy(self.model)
         users = [c for c in self.chain if c.uses_inputs]
         self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
         self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
-        taken = [capture for name, capture in self.captures.items() if self.members[name]]
+        taken = [capture for name, capture in self.captures.items() if self.plan.members[name]]
         self.probe = BatchNormProbe(taken, self.model)
         self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
         self.fixed = all(c.fixed for c in self.chain)
@@ -89,7 +88,8 @@ class Engine:
         self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         self.conditioned = Conditioned()
         self.clipped = Conditioned()  # likewise, by what acts on all gradients together
-        self.assigned: list[Assignment] = []
+        self.assigned: list[Assignment] = []  # of the step
+        self.found: list[Assignment] | None = None  # the last that the plan gave
         self.loaded = False  # has a state been loaded since the last step?
         self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
         self._ask_due()
@@ -104,31 +104,18 @@ class Engine:
                 f"expected taps={self.observer.taps}, as it was when the optimizer was wrapped, got "
                 f"{not self.observer.taps}: its statistics are of another shape; wrap the optimizer anew"
             )
+        for conditioner in self.chain:
+            conditioner.check({})
         self.settings = now
         self.fixed_maps.clear()
-        self._ask_refusals()
-
-    def _ask_refusals(self) -> None:
-        self.refusals = {
-            name: [self._refusal(conditioner, name, layer) for conditioner in self.chain]
-            for name, layer in self.layers.items()
-        }
-        self.members = {
-            name: tuple(i for i, reason in enumerate(reasons) if reason is None)
-            for name, reasons in self.refusals.items()
-        }
-        self.parameters: Parameters | None = None  # to which the assignments found belong
-        self.found: list[Assignment] = []
-
-    def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
-        if self.only is not None and not self.only(name):
-            return "left out by only="
-        return conditioner.refusal(shown(layer))
+        self.plan.ask()
 
     def _ask_due(self) -> None:
         """Which inputs does the coming step need, and which of their rows?"""
         for name, capture in self.captures.items():
-            capture.active = any(self.chain[i].is_due(self.states[i].get(name, {})) for i in self.members[name])
+            capture.active = any(
+                self.chain[i].is_due(self.states[i].get(name, {})) for i in self.plan.members[name]
+            )
         self.observer.seen.clear()
         self.observer.ghost = next((c.ghost for c in self.chain if c.uses_inputs), None)
         if self.observer.ghost is not None:
@@ -145,39 +132,14 @@ class Engine:
 
     def assignments(self, groups: Sequence[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these parameter groups train and at least one conditioner takes."""
-        now = Parameters(self.places, groups)
-        if now.same(self.parameters):
-            return self.found
-        if any(is_sharded(p) for p in now.held):
-            reshard(self.model)
-            now = Parameters(self.places, groups)
-        if not now.same(self.parameters):
-            held = {id(p) for p in now.held}
-            found = [self._assignment(name, layer, held) for name, layer in self.layers.items()]
-            self.parameters, self.found = now, [a for a in found if a is not None]
-            self.together = Together(self.chain, self.found, self.captures)
-            self.screening = Screening(self.found, fixed=self.fixed)
+        found = self.plan.assignments(groups)
+        if found is not self.found:
+            self.found = found
+            self.together = Together(self.chain, found, self.captures)
+            self.screening = Screening(found, fixed=self.fixed)
             self.fixed_maps.clear()
-        return self.found
+        return found
 
-    def _assignment(self, name: str, layer: Layer, held: set[int]) -> Assignment | None:
-        members, weights = self.members[name], tuple(layer.weights)
-        if not (members and all(trained(weight, held) for weight in weights)):
-            return None
-        biases = tuple(bias for bias in layer.biases if trained(bias, held))
-        row_wise = all(self.chain[i].row_wise for i in members)
-        return Assignment(
-            layer,
-            weights,
-            biases,
-            members,
-            sharded=any(is_sharded(p) for p in layer.parameters()),
-            whole=not (rows_are_local(layer) and row_wise),
-            moves_bias=any(self.chain[i].acts_on_bias for i in members),
-        )
-
-    # a compiled step runs these as they are: traced, every new norm and step count would compile them again
-    @torch.compiler.disable
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """A new step, over these parameter groups: its first gradients decide its P."""
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
@@ -185,7 +147,11 @@ class Engine:
             self._attach()
         self._follow_settings()
         if not any(self.states):  # the first step: weights may have been set since wrap
-            self._ask_refusals()
+            self.plan.ask()
+        if any(conditioner.uses_rate for conditioner in self.chain):
+            for group in groups:
+                if group.get("gradcond", True):
+                    _rate(group)  # raises before anything is touched
         self.groups = groups
         self.assigned = self.assignments(groups)
         self.frozen: dict[str, RowMap | None] = {}
@@ -374,11 +340,12 @@ class Engine:
             looked_at = grads + [m.variance for m in taken]
             total = total_of(looked_at, on_cpu=on_cpu and all(t.is_cpu for t in looked_at))
             # a sum may overflow, or be zero, where no number is: then each is looked at
-            bad = not cmath.isfinite(total) and bool(self._not_finite(held, moments))
+            bad = not cmath.isfinite(total) and bool(not_finite(self.model, held, moments))
             busy = bool(taken) or total != 0 or any(bool(grad.any()) for grad in grads)
-        merged, (bad, busy) = self.ranks.merge(self.captures, moments, bad, busy, device=self._device)
+        around = self._means() if self.ranks.several else {}
+        merged, (bad, busy) = self.ranks.merge(self.captures, moments, around, bad, busy, device=self._device)
         if bad:
-            where = ", ".join(self._not_finite(held, moments)[:5]) or "those of another rank"
+            where = ", ".join(not_finite(self.model, held, moments)[:5]) or "those of another rank"
             raise ValueError(
                 f"expected finite gradients, got nan or inf in {where}; parameters and statistics are as before "
                 "this step. Lower the learning rate, look at the loss and the data, or skip the step"
@@ -386,11 +353,14 @@ class Engine:
         self.idle = self.idle and not busy
         return merged
 
-    def _not_finite(self, held: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> list[str]:
-        ids = {id(p) for p in held}
-        tensors = {f"the gradient of {n}": local(p.grad) for n, p in self.model.named_parameters() if id(p) in ids}
-        tensors |= {f"the input of {name}": m.variance for name, m in moments.items() if m is not None}
-        return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    def _means(self) -> dict[str, Tensor]:
+        """The running means of the layers' inputs."""
+        return {
+            name: state["mean"]
+            for conditioner, states in zip(self.chain, self.states, strict=True)
+            for name, state in states.items()
+            if conditioner.uses_inputs and "mean" in state
+        }
 
     @property
     def _device(self) -> torch.device:
@@ -483,7 +453,13 @@ class Engine:
 
 def _rate(group: Mapping[str, Any]) -> Any:
     """The size of the optimizer's step for a gradient of one that stays."""
-    return group["lr"] / (1 - group.get("momentum", 0.0))
+    momentum = group.get("momentum", 0.0)
+    if momentum >= 1:
+        raise ValueError(
+            f"expected momentum below 1 beside a conditioner that goes by the size of the steps, got {momentum}: a "
+            "gradient that stays would be added up without end"
+        )
+    return group["lr"] / (1 - momentum)
 
 
 def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | None) -> tuple[Rows, Rows]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradcond.shards import local
+from gradcond.statistics import Moments
 
 flattened = torch._C._nn.flatten_dense_tensors  # one call, in place of one each and torch.cat
 
-__all__ = ["passes", "total_of"]
+__all__ = ["not_finite", "passes", "total_of"]
 
 _SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 
@@ -36,3 +39,11 @@ def passes(tensors: Sequence[Tensor], check: bool | None) -> bool:
     """Is their sum finite, or not to be looked at? `check` None looks on the CPU, where nobody waits for it."""
     on_cpu = all(t.is_cpu for t in tensors)
     return not (on_cpu if check is None else check) or cmath.isfinite(total_of(tensors, on_cpu=on_cpu))
+
+
+def not_finite(model: nn.Module, held: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> list[str]:
+    """What of these parameters' gradients and layers' inputs is not finite, for a message."""
+    ids = {id(p) for p in held}
+    tensors = {f"the gradient of {n}": local(p.grad) for n, p in model.named_parameters() if id(p) in ids}
+    tensors |= {f"the input of {name}": m.variance for name, m in moments.items() if m is not None}
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]

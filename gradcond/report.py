@@ -77,7 +77,7 @@ def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
         elif not all(trained(weight, held) for weight in layers[0].weights):
             left_alone[full_name] = "the weight beside it is not trained"
         else:
-            reasons = zip(engine.chain, engine.refusals[layers[0].name], strict=True)
+            reasons = zip(engine.chain, engine.plan.refusals[layers[0].name], strict=True)
             left_alone[full_name] = "; ".join(f"{c.name}: {why}" for c, why in reasons) or "the chain is empty"
         if engine.chain and engine.chain[-1].comes_last and parameter.requires_grad and id(parameter) in held:
             left_alone[full_name] += f"; {engine.chain[-1].name} scales it all the same"

@@ -38,10 +38,6 @@ class ConditionerScheduler:
         if not isinstance(conditioner, Conditioner):
             raise TypeError(f"expected a conditioner, such as optimizer.conditioners[0], got {conditioner!r:.60}")
         for name, function in functions.items():
-            if name not in conditioner.settings():
-                raise ValueError(
-                    f"{conditioner.name} has no hyper-parameter {name!r}; it has {list(conditioner.settings())}"
-                )
             if not callable(function):
                 raise TypeError(f"{name} must be a function of the step, got {function!r}; write lambda step: ...")
         self.conditioner, self.functions, self.steps = conditioner, functions, 0
@@ -58,11 +54,13 @@ class ConditionerScheduler:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from that number of steps."""
+        if "steps" not in state_dict:
+            raise ValueError(f"expected what state_dict() returned, got the keys {sorted(state_dict)}")
         self.steps = int(state_dict["steps"])
         self._set()
 
     def _set(self) -> None:
         values = {name: function(self.steps) for name, function in self.functions.items()}
-        type(self.conditioner)(**{**self.conditioner.settings(), **values})  # raises for what is out of range
+        self.conditioner.check(values)
         for name, value in values.items():
             setattr(self.conditioner, name, value)

@@ -70,6 +70,7 @@ def check_saved(state: Mapping[str, Any], chain: Sequence[Conditioner], layers: 
             "the conditioners that the state was saved with, in their order"
         )
     for conditioner, entry in zip(chain, state["chain"], strict=True):
+        conditioner.check(entry["settings"])
         taps = entry["settings"].get("taps", False)
         if taps != conditioner.taps:
             raise ValueError(

@@ -73,6 +73,22 @@ def closures_and_attach_equal_one_process():
 
 
 @scenario
+def a_large_mean_leaves_the_variance_its_digits():
+    """The sums are taken around the running mean, which the first step does not know yet."""
+    model = DistributedDataParallel(nn.Linear(3, 1, dtype=torch.float64))
+    optimizer = wrap(torch.optim.SGD(model.parameters(), lr=0.0), model, [BNP(decay=0.0)])
+    for step, tolerance in enumerate((1e-2, 1e-8, 1e-8)):
+        x = 1e4 + 1e-2 * torch.randn(
+            4 * WORLD, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+        )
+        optimizer.zero_grad()
+        model(x[RANK::WORLD]).sum().backward()
+        optimizer.step()
+        variance = optimizer._engine.states[0][""]["variance"]
+        torch.testing.assert_close(variance, x.var(0, correction=0), rtol=tolerance, atol=0)
+
+
+@scenario
 def an_empty_chain_does_not_wait_for_others():
     model = build()
     optimizer = wrap(sgd(model.parameters()), model, [])

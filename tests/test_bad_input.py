@@ -175,6 +175,8 @@ def change(state, path, value):
             r"is of the chain \['GC'\], this optimizer has \['BNP'\]; wrap",
         ),
         (("gradcond", "layers"), {"7": True}, "holds layer '7', which this model does not have"),
+        (("gradcond", "chain", 0, "settings", "decay"), 1.5, r"BNP: decay must be in \[0, 1\), got 1.5"),
+        (("gradcond", "chain", 0, "settings", "decoy"), 0.5, "BNP has no hyper-parameter 'decoy'; it has"),
         (
             ("gradcond", "chain", 0, "layers", "0", "mean"),
             torch.zeros(1),

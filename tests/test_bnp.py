@@ -357,3 +357,17 @@ def test_chains_are_nested_changes_of_variables():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"BNP: .*{next(iter(settings))}.*got"):
         BNP(**settings)
+
+
+def test_a_setting_out_of_range_between_steps_is_refused_and_changes_nothing():
+    model = nn.Linear(3, 2)
+    optimizer = wrapped(model, [BNP()])
+    for _ in range(2):
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    before = str((optimizer.state_dict(), model.state_dict()))
+    optimizer.conditioners[0].decay = 2.0
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 2.0"):
+        optimizer.step()
+    optimizer.conditioners[0].decay = 0.99
+    assert str((optimizer.state_dict(), model.state_dict())) == before

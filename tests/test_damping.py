@@ -416,3 +416,29 @@ def test_groups_without_a_rate_are_refused():
 def test_settings_out_of_range_are_refused(key, value):
     with pytest.raises(ValueError, match="RateDamping: strength, delay and floor must not be negative"):
         RateDamping(**{key: value})
+
+
+@pytest.mark.parametrize("chain", [[], [BNP()]], ids=str)
+def test_momentum_of_one_is_refused_and_changes_nothing(chain):
+    model = nn.Linear(3, 2)
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [*chain, RateDamping()])
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    before = str((optimizer.state_dict()["gradcond"], model.state_dict()))
+    optimizer.param_groups[0]["momentum"] = 1.0
+    model(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(ValueError, match=r"expected momentum below 1 .* got 1.0"):
+        optimizer.step()
+    assert str((optimizer.state_dict()["gradcond"], model.state_dict())) == before
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_units_is_reported():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 0))
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=0.1), model, [BNP(), RateDamping()])
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model[0](x).sum() + model[1](x).sum()).backward()
+        optimizer.step()
+    assert "no units" in str(optimizer.report())

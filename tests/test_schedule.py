@@ -59,6 +59,8 @@ def test_what_is_out_of_range_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match=r"rejection must be in \[0, 1\], got 1.2"):
         schedule.step()
     assert msr.rejection == 0.6
+    with pytest.raises(ValueError, match=r"expected what state_dict\(\) returned, got the keys \['step'\]"):
+        schedule.load_state_dict({"step": 1})
 
 
 @pytest.mark.parametrize(
