@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gradcond.inputs import Deferred, Observer
 from gradcond.layers import Layer, first_input
@@ -72,7 +73,8 @@ class InputCapture(_Hook):
         self.feeds_batch_norm = False
         self.probed = False  # does somebody ask for the last output?
         self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
-        self.watched: tuple[Callable[[], Tensor | None], RemovableHandle | None] = (lambda: None, None)
+        self.hooks: Any = WeakIdKeyDictionary()  # by weight: another may take its place for a call
+        self.watched: Callable[[], Tensor | None] = _nothing  # the last one
         _drop_inert(layer.module)
         # first of all hooks: FSDP2's puts the weight's shard back
         self.handle = layer.module.register_forward_hook(self, with_kwargs=True, prepend=True)
@@ -110,11 +112,11 @@ class InputCapture(_Hook):
             seen = self.observer.moments(self.layer, args, kwargs, output)
         if seen is None:
             return
-        if self.watched[0]() is not weight:  # it has been unfrozen or replaced
+        if self.watched() is not weight:  # it has been unfrozen or replaced
             self._watch(weight)
         if torch._C._current_graph_task_id() < 0:  # no second forward of checkpointing, within a backward pass
             self.reached.clear()  # what was reached and never counted was no training
-        call = _Call(self, seen)
+        call = _Call(self, seen, weight)
         if isinstance(output, Tensor):
             if self.probed:
                 self.last_output = weakref.ref(output), output._version
@@ -127,15 +129,18 @@ class InputCapture(_Hook):
     def _watch(self, weight: nn.Parameter) -> None:
         if not weight.requires_grad:
             return
-        if self.watched[1] is not None:
-            self.watched[1].remove()
-        self.watched = weakref.ref(weight), weight.register_post_accumulate_grad_hook(_Count(self))
+        last = self.watched()
+        if last is not None and is_sharded(last):  # FSDP2 calls the hooks of shards by itself
+            self.hooks.pop(last).remove()
+        self.watched = weakref.ref(weight)
+        if weight not in self.hooks:
+            self.hooks[weight] = weight.register_post_accumulate_grad_hook(_Count(self))
 
     def remove(self) -> None:
         """Takes the hooks off the module and its weight."""
         self.handle.remove()
-        if self.watched[1] is not None:
-            self.watched[1].remove()
+        for hook in self.hooks.values():
+            hook.remove()
 
     def begin(self) -> None:
         """A backward pass comes: is the gradient that was being accumulated gone?"""
@@ -150,10 +155,12 @@ class InputCapture(_Hook):
         if grad is None or not bool(local(grad).any()):
             self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
 
-    def count(self, grad: Tensor | None) -> None:
+    def count(self, weight: Tensor) -> None:
         """The calls that this pass has reached have made a gradient: their rows count, each once."""
-        task = torch._C._current_graph_task_id()
-        reached = [call for call in self.reached.values() if call.task == task]
+        if weight is not self.weight:  # one of torch.func.functional_call
+            return
+        grad, task = weight.grad, torch._C._current_graph_task_id()
+        reached = [call for call in self.reached.values() if call.task == task and call.weight() is weight]
         if not reached and self._is_new(grad):  # of compiled calls, or of none here that had rows
             self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
         if self.traced is not None:
@@ -198,7 +205,7 @@ class InputCapture(_Hook):
     def take(self) -> Moments | None:
         """The moments of the rows that made the gradient, and a fresh start."""
         weight = self.weight
-        if self.traced is not None and self.watched[0]() is not weight:  # nobody has seen it accumulate
+        if self.traced is not None and weight not in self.hooks:  # nobody has seen it accumulate
             self._collect(self.traced)
             self._watch(weight)
         moments, self.traced = self.collected, None
@@ -211,10 +218,10 @@ class InputCapture(_Hook):
 class _Call:
     """A hook on the node that made one call's output: says when a backward pass reaches it."""
 
-    __slots__ = "capture", "counted", "seen", "task"
+    __slots__ = "capture", "counted", "seen", "task", "weight"
 
-    def __init__(self, capture: InputCapture, seen: Moments | Deferred) -> None:
-        self.capture, self.seen = capture.me, seen
+    def __init__(self, capture: InputCapture, seen: Moments | Deferred, weight: Tensor) -> None:
+        self.capture, self.seen, self.weight = capture.me, seen, weakref.ref(weight)
         self.counted = False
         self.task = -1  # the backward pass that has reached it last
 
@@ -230,7 +237,7 @@ class _Call:
         capture.reached[id(self)] = self
         if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
-        marked = tuple(None if g is None else _Mark.apply(g, capture.weight) for g in grads)
+        marked = tuple(None if g is None else _Mark.apply(g, self.weight()) for g in grads)
         for g in marked:
             if g is not None:
                 _hook(g, self)
@@ -280,7 +287,7 @@ class _Count:
         """Counts the calls that were reached."""
         capture = self.capture()
         if capture is not None:
-            capture.count(parameter.grad)
+            capture.count(parameter)
             if dist.is_available() and dist.is_initialized():
                 torch.autograd.Variable._execution_engine.queue_callback(capture.note_replaced)
 

@@ -436,7 +436,15 @@ def test_a_shared_module_sees_all_its_calls():
 
 
 @pytest.mark.parametrize(
-    "what", ["gradient of the input", "Hessian", "Hessian forward", "gradient returned", "functional call"]
+    "what",
+    [
+        "gradient of the input",
+        "Hessian",
+        "Hessian forward",
+        "gradient returned",
+        "functional call",
+        "functional call of parameters",
+    ],
 )
 def test_derivatives_that_leave_no_gradient_do_not_count(what):
     from gradcond.curvature import Hessian
@@ -450,8 +458,9 @@ def test_derivatives_that_leave_no_gradient_do_not_count(what):
             torch.autograd.grad((model(y) ** 3).mean(), y)
         elif what == "gradient returned":
             torch.autograd.grad((model(y) ** 3).mean(), list(model.parameters()))
-        elif what == "functional call":
-            others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        elif what.startswith("functional call"):
+            kind = nn.Parameter if what.endswith("parameters") else torch.Tensor.requires_grad_
+            others = {name: kind(p.detach().clone()) for name, p in model.named_parameters()}
             (torch.func.functional_call(model, others, y) ** 3).mean().backward()
         else:
             method = "forward_over_reverse" if what == "Hessian forward" else "double_backward"
@@ -461,6 +470,18 @@ def test_derivatives_that_leave_no_gradient_do_not_count(what):
     elsewhere()
     backward(model, x)
     elsewhere()
+    optimizer.step()
+    state = optimizer._engine.states[0]["0"]
+    assert state["rows"] == 6
+    assert_close(state["mean"], x.mean(0))
+
+
+def test_other_parameters_in_the_place_of_the_model_s_count_nothing():
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    others = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    y = model(x)
+    (y.sum() + torch.func.functional_call(model, others, 9 + x).sum()).backward()
     optimizer.step()
     state = optimizer._engine.states[0]["0"]
     assert state["rows"] == 6
