@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import CHAINS, backward, build, flat, wrapped
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
@@ -374,6 +375,70 @@ def test_groups_can_be_switched_off_and_added():
     optimizer.step()
     assert model[2].weight.grad.mean(1).abs().max() < 1e-15
     assert "2" in optimizer.report().conditioned
+
+
+def test_layers_that_are_exchanged_and_added_join():
+    model, x = network(), data()[0]
+    optimizer = wrapped(model, [BNP(decay=0.0), RateDamping()], lr=0.01)
+    train(model, optimizer, 2)
+    old, kept = model[2], optimizer._engine.states[0]["0"]
+    model[2] = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.zero_grad()
+    hidden = model[:2](x).detach()
+    model(x).square().sum().backward()
+    optimizer.step()
+    states = optimizer._engine.states[0]
+    assert states["0"] is kept and kept["steps"] == 3
+    assert list(optimizer.report().conditioned) == ["0", "2.0", "2.2"] and not optimizer.report().left_alone
+    assert not old._forward_hooks
+    assert_close(states["2.0"]["mean"], hidden.mean(0))
+    assert states["2.2"]["rows"] == len(x)
+
+
+def test_a_report_of_layers_that_came_before_their_group_is_right():
+    model = network()
+    optimizer = wrapped(model, [BNP()], lr=0.01)
+    head = nn.Linear(8, 3)
+    optimizer.add_param_group({"params": head.parameters()})
+    model[2] = head
+    assert list(optimizer.report().conditioned) == ["0", "2"]
+    train(model, optimizer, 1)
+    assert optimizer._engine.states[0]["2"]["steps"] == 1
+
+
+def test_a_layer_that_is_pruned_leaves_and_comes_back():
+    model = network()
+    optimizer = wrapped(model, [BNP(), RateDamping()], lr=0.01)
+    train(model, optimizer, 2)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    train(model, optimizer, 2)
+    assert list(optimizer.report().conditioned) == ["2"]
+    assert "computed" in optimizer.report().left_alone["0.weight_orig"]
+    other = network(seed=5)
+    prune.identity(other[0], "weight")
+    other.load_state_dict(model.state_dict())
+    resumed = wrapped(other, [BNP(), RateDamping()], lr=0.01)
+    resumed.load_state_dict(roundtrip(optimizer.state_dict()))
+    assert torch.equal(train(model, optimizer, 2), train(other, resumed, 2))
+    prune.remove(model[0], "weight")
+    with pytest.warns(UserWarning, match="layer '0' has a gradient, but none of its inputs were seen"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 2)
+    assert optimizer._engine.states[0]["0"]["steps"] == 2
+
+
+def test_a_layer_that_is_cut_down_starts_anew():
+    model = network()
+    optimizer = wrapped(model, [BNP(), RateDamping()], lr=0.01)
+    train(model, optimizer, 2)
+    model[0].weight, model[0].bias = (nn.Parameter(p.detach()[:5]) for p in (model[0].weight, model[0].bias))
+    model[2].weight = nn.Parameter(model[2].weight.detach()[:, :5])
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.report()
+    train(model, optimizer, 2)
+    assert optimizer._engine.states[0]["2"]["mean"].shape == (5,)
+    assert {state["steps"] for states in optimizer._engine.states for state in states.values()} == {2}
 
 
 def test_frozen_layers_join_when_they_are_unfrozen():
