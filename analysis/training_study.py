@@ -18,7 +18,7 @@ that a study can be interrupted, split and extended. The tables cover all lines 
 The networks: mlp, (inputs)-100-100-100-10; conv (for cifar10), 3x3 kernels with 16-16-32-32-64-64 channels, 2x2
 max-pooling after the second and the fourth, global average, linear head. Both have ReLU, He's initialization, and
 normalization layers (GroupNorm with 4 groups) in front of the ReLU. Pixels are in [0, 1], color channels
-standardized.
+standardized. The task "scales" is the digits with each pixel in units of its own, over two powers of ten.
 """
 
 from __future__ import annotations
@@ -119,16 +119,19 @@ def build_model(task: str, norm: Norm | None, data: Data) -> nn.Sequential:
 
 
 def load_data(task: str, path: Path | None) -> Data:
-    """Return a task's images and labels: digits from scikit-learn, others from an .npz of Keras layout.
+    """Return a task's images and labels, its own or those of an .npz in Keras layout.
 
     Raises:
         InputError: if there is no such file, or it has not the four arrays, or not of this task.
     """
-    if task == "digits":
+    if task in ("digits", "scales"):
         from sklearn.datasets import load_digits
 
         x, y = load_digits(return_X_y=True)
         images = torch.tensor(x / 16, dtype=torch.float32)
+        if task == "scales":
+            images *= 10 ** (2 * torch.rand(64, generator=torch.Generator().manual_seed(0)) - 1)
+            images /= images.std()
         labels = torch.tensor(y)
         return images[:1437], labels[:1437], images[1437:], labels[1437:]
     if path is None or not path.is_file():
@@ -270,7 +273,7 @@ def read(path: Path) -> list[Result]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description="Train with many methods, learning rates and seeds.")
-    parser.add_argument("--task", choices=("digits", "mnist", "cifar10"), default="digits")
+    parser.add_argument("--task", choices=("digits", "scales", "mnist", "cifar10"), default="digits")
     parser.add_argument("--data", type=Path, metavar="FILE.npz", help="the data set in Keras layout")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["SGD", "BatchNorm", "BNP"], metavar="M")
     parser.add_argument(

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from gradcond.conditioner import RowMap
+from gradcond.conditioner import RowMap, map_
 from gradcond.layers import Layer, Rows
-from gradcond.shards import local
+from gradcond.shards import local, opened
 
 __all__ = ["Assignment", "Conditioned", "Parameters", "held_parameters", "trained"]
 
@@ -58,6 +58,14 @@ class Assignment:
         if self.matrix and row_map.on_matrix:
             return Rows(weight, bias)
         return self.layer.rows(weight, bias)
+
+    def map_(self, method: str, row_map: RowMap, tensors: Sequence[Any]) -> None:
+        """Replaces tensors like the parameters by P z or M g of them."""
+        n = len(self.weights)
+        if not self.sharded:
+            return map_(method, self.layer, row_map, tensors[:n], tensors[n:])
+        with opened(tensors, whole=self.whole) as plain:
+            map_(method, self.layer, row_map, plain[:n], plain[n:])
 
 
 class Conditioned:

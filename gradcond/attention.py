@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradcond.inputs import packs_saved_tensors
 from gradcond.layers import Layer, register_layer
 
 __all__: list[str] = []
@@ -35,7 +36,7 @@ def heads_output(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: 
 
     None where saved tensors are packed away (activation checkpointing would compute the pass again).
     """
-    if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+    if torch.compiler.is_compiling() or packs_saved_tensors():
         return None
     node = output[0].grad_fn
     while node is not None and "mm" not in node.name().lower():  # views, a transposition, a cast

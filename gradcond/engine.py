@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from gradcond.assignment import Assignment, Conditioned, Parameters
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.clipping import Lengths
-from gradcond.conditioner import Conditioner, RowMap, compose, joined, map_
+from gradcond.conditioner import Conditioner, compose
 from gradcond.distributed import Ranks
 from gradcond.finite import not_finite, total_of
 from gradcond.inputs import Observer
-from gradcond.layers import Layer, Rows, find_layers, has_lazy
+from gradcond.layers import find_layers, has_lazy
+from gradcond.maps import Maps, rate_of
 from gradcond.plan import Plan
 from gradcond.preconditioner import Preconditioner
 from gradcond.screening import Screening
-from gradcond.shards import gathered, local, local_state, moving, opened, shown
+from gradcond.shards import local, local_state, moving, shown
 from gradcond.states import State, check_saved, copied, kept, loaded_states, saved_state
 from gradcond.statistics import Moments
 from gradcond.together import Together
@@ -86,10 +87,8 @@ class Engine:
         taken = [capture for name, capture in self.captures.items() if self.plan.members[name]]
         self.probe = BatchNormProbe(taken, self.model)
         self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
-        self.fixed = all(c.fixed for c in self.chain)
-        self.fixed_maps: dict[str, RowMap | None] = {}
+        self.maps = Maps(self.chain, self.states, self.captures, self.warned)
         self.settings = [dict(vars(c)) for c in self.chain]  # to which these and the refusals belong
-        self.scratch: list[dict[str, Any]] = [{} for _ in self.chain]
         if hooked is None:
             self.conditioned = Conditioned()
             self.clipped = Conditioned()  # likewise, by what acts on all gradients together
@@ -130,7 +129,7 @@ class Engine:
         for conditioner in self.chain:
             conditioner.check({})
         self.settings = now
-        self.fixed_maps.clear()
+        self.maps.forget()
         self.plan.ask()
 
     def _ask_due(self) -> None:
@@ -164,8 +163,8 @@ class Engine:
         if found is not self.found:
             self.found = found
             self.together = Together(self.chain, found, self.captures)
-            self.screening = Screening(found, fixed=self.fixed)
-            self.fixed_maps.clear()
+            self.screening = Screening(found, fixed=self.maps.fixed)
+            self.maps.forget()
         return found
 
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -175,14 +174,9 @@ class Engine:
         self._follow_settings()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self.plan.ask()
-        if any(conditioner.uses_rate for conditioner in self.chain):
-            for group in groups:
-                if group.get("gradcond", True):
-                    _rate(group)  # raises before anything is touched
         self.groups = groups
         self.assigned = self.assignments(groups)
-        self.frozen: dict[str, RowMap | None] = {}
-        self.unseen: set[str] = set()
+        self.maps.begin(groups)
         self.idle = self.first = True  # nothing has been conditioned yet
         self.at_one_go = not self.ranks.several
 
@@ -202,7 +196,7 @@ class Engine:
             moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
             if self.idle or not (ready or self._clips_anew()):
                 return
-            self._update([a for a in ready if a.layer.name not in self.frozen], moments)
+            self.maps.fold([a for a in ready if a.layer.name not in self.maps.taken], moments)
             self._apply_(ready)
         for assignment in ready:  # several layers may share a gradient
             self.conditioned.note(assignment.layer.name, assignment.weights[0].grad)
@@ -224,11 +218,11 @@ class Engine:
         """An ordinary step of layers that are all alike."""
         done = False
         if self.screening.possible:
-            done = self.screening.step_(self.fixed_maps, self.conditioned, self.check_finite)
+            done = self.screening.step_(self.maps.lasting, self.conditioned, self.check_finite)
         elif self.together.possible:
-            rate = _rate(self.groups[0]) if len(self.chain) > 1 and len(self.groups) == 1 else None
+            rate = rate_of(self.groups[0]) if len(self.chain) > 1 and len(self.groups) == 1 else None
             done = self.together.step_(
-                self.chain, self.states, self.scratch, self.conditioned, self.check_finite, rate
+                self.chain, self.states, self.maps.scratch, self.conditioned, self.check_finite, rate
             )
         if done:
             self.idle = self.first = False
@@ -240,17 +234,14 @@ class Engine:
         first, self.first = self.first, False
         lengths = Lengths() if self.chain[-1].comes_last else None
         for assignment in ready:
-            name = assignment.layer.name
-            if name not in self.frozen:  # a closure's later evaluations keep the step's P
-                self.frozen[name] = self._next_map(assignment)
-            row_map = self.frozen[name]
+            row_map = self.maps.take(assignment)
             if lengths is not None:
                 grads = [p.grad for p in assignment.parameters]
                 before = [local(grad).clone() for grad in grads]
             if assignment.simple and row_map is not None:
                 row_map.apply_(assignment.rows_of_gradient(row_map))
             elif row_map is not None:
-                self._map_("apply", row_map, assignment, [p.grad for p in assignment.parameters])
+                assignment.map_("apply", row_map, [p.grad for p in assignment.parameters])
             if lengths is not None:
                 lengths.add(before, grads)
         if lengths is not None:
@@ -266,12 +257,12 @@ class Engine:
         """Replaces the z of every (parameter, z) by P z, with the step's P, in place."""
         z = {id(parameter): noise for parameter, noise in noises}
         for assignment in self.assigned:
-            name, own = assignment.layer.name, assignment.with_gradients()
+            own = assignment.with_gradients()
             if not all(id(weight) in z for weight in own.weights):
                 continue
-            row_map = self.frozen[name] if name in self.frozen else self._next_map(own, moved=True)
+            row_map = self.maps.taken_or_last(own)
             if row_map is not None:
-                self._map_("factor", row_map, own, [z[id(p)] for p in own.parameters])
+                own.map_("factor", row_map, [z[id(p)] for p in own.parameters])
 
     def conditioning(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure whose gradients are conditioned after each evaluation."""
@@ -301,8 +292,8 @@ class Engine:
                 if i in assignment.members and assignment.layer.name in self.states[i]:
                     self._retract_(assignment, i)
         self.loaded = False
-        if self.frozen and self.probe.handles:
-            self.probe.leave(self.frozen)
+        if self.maps.taken and self.probe.handles:
+            self.probe.leave(self.maps.taken)
         self._ask_due()
 
     def preconditioner(self, groups: Sequence[Mapping[str, Any]]) -> Preconditioner:
@@ -329,10 +320,10 @@ class Engine:
             for key, value in entry["settings"].items():
                 setattr(conditioner, key, value)
         self._follow_settings()
-        self.states = loaded_states(state, self.layers)
+        self.states[:] = loaded_states(state, self.layers)
         self.network = [copied(entry.get("network", {}), self._device) for entry in state["chain"]]
         self.loaded = True
-        self.fixed_maps.clear()
+        self.maps.forget()
         self._ask_due()
 
     def forget(self) -> None:
@@ -340,8 +331,8 @@ class Engine:
         if not self.chain or self.loaded:  # `conditioning` may have been loaded by itself
             return
         warnings.warn("the loaded state is of a bare optimizer: gradcond's statistics start anew", stacklevel=3)
-        self.states, self.network = [{} for _ in self.chain], [{} for _ in self.chain]
-        self.fixed_maps.clear()
+        self.states[:], self.network = [{} for _ in self.chain], [{} for _ in self.chain]
+        self.maps.forget()
         self._ask_due()
 
     def _is_fresh(self, assignment: Assignment) -> bool:
@@ -400,105 +391,6 @@ class Engine:
         with moving(layer, whole=whole) as view:
             if view.units > 0:  # this rank may hold no row
                 self.chain[i].retract_(view, state if whole else local_state(layer, state))
-
-    def _update(self, assignments: Sequence[Assignment], moments: Mapping[str, Moments | None]) -> None:
-        """Folds one step's moments into the states of the layers."""
-        for i, (conditioner, states) in enumerate(zip(self.chain, self.states, strict=True)):
-            due = []
-            for assignment in assignments:
-                if i not in assignment.members:
-                    continue
-                name, seen = assignment.layer.name, None
-                capture = self.captures.get(name) if conditioner.uses_inputs else None
-                if capture is not None and capture.active and conditioner.is_due(states.get(name, {})):
-                    seen = moments.get(name)
-                    if seen is None:
-                        self._warn_missing(assignment)
-                        self.unseen.add(name)
-                        continue
-                if name not in states:
-                    states[name] = {}
-                    with moving(assignment.layer, whole=True) as view:
-                        conditioner.enter_(view, states[name])
-                state = states[name]
-                if capture is not None:
-                    state["has_bias"] = bool(assignment.biases)
-                if capture is None or seen is None:
-                    conditioner.wait(state)
-                    continue
-                if capture.feeds_batch_norm or "feeds_batch_norm" not in state:
-                    state["feeds_batch_norm"] = capture.feeds_batch_norm
-                due.append((state, seen))
-            if due:
-                conditioner.update_all([state for state, _ in due], [m for _, m in due], self.scratch[i])
-
-    def _next_map(self, assignment: Assignment, *, moved: bool = False) -> RowMap | None:
-        """The step's P of a layer; has its gradient `moved` the states already?"""
-        if self.fixed and assignment.layer.name in self.fixed_maps:
-            return self.fixed_maps[assignment.layer.name]
-        layer, whole = assignment.layer, assignment.whole
-        maps: list[RowMap | None] = []
-        for i in assignment.members:
-            conditioner, state = self.chain[i], self.states[i].get(layer.name)
-            if state is None or (conditioner.uses_inputs and layer.name in self.unseen):
-                continue
-            view = shown(layer, whole=whole) if assignment.sharded else layer
-            if view.units == 0:
-                continue
-            if conditioner.uses_rate and not moved:
-                chain = compose(maps)
-                theta, gradient = _theta_and_gradient(view, assignment, chain)
-                group = next(g for g in self.groups if any(p is assignment.weights[0] for p in g["params"]))
-                conditioner.update_rate(state, chain, theta, gradient, _rate(group))
-            if assignment.sharded and not whole:
-                state = local_state(layer, state)
-            maps.append(conditioner.row_map(view, state))
-        row_map = compose(maps)
-        if self.fixed:
-            self.fixed_maps[layer.name] = row_map
-        return row_map
-
-    def _map_(self, method: str, row_map: RowMap, assignment: Assignment, tensors: Sequence[Any]) -> None:
-        """Replaces tensors like an assignment's parameters by P z or M g of them."""
-        n = len(assignment.weights)
-        if not assignment.sharded:
-            return map_(method, assignment.layer, row_map, tensors[:n], tensors[n:])
-        with opened(tensors, whole=assignment.whole) as plain:
-            map_(method, assignment.layer, row_map, plain[:n], plain[n:])
-
-    def _warn_missing(self, assignment: Assignment) -> None:
-        layer = assignment.layer
-        if layer.name not in self.warned and bool(local(assignment.weights[0].grad).any()):
-            self.warned.add(layer.name)
-            warnings.warn(
-                f"layer {layer.name!r} has a gradient, but none of its inputs were seen: expected its forward "
-                "pass in training mode, through the module's call. Its gradient goes through as it is; of a module "
-                "that is called in a way of its own, register_layer shows the input",
-                stacklevel=2,
-            )
-
-
-def _rate(group: Mapping[str, Any]) -> Any:
-    """The size of the optimizer's step for a gradient of one that stays."""
-    momentum = group.get("momentum", 0.0)
-    if momentum >= 1:
-        raise ValueError(
-            f"expected momentum below 1 beside a conditioner that goes by the size of the steps, got {momentum}: a "
-            "gradient that stays would be added up without end"
-        )
-    return group["lr"] / (1 - momentum)
-
-
-def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | None) -> tuple[Rows, Rows]:
-    """A layer's parameters and their gradient, whole."""
-    own: Sequence[Any] = assignment.parameters
-    if assignment.matrix and len(own) == 2 and chain is not None and chain.on_matrix:
-        return Rows(*own), Rows(*(p.grad for p in own))
-    n, grads = len(assignment.weights), [p.grad for p in own]
-    if assignment.sharded:
-        own, grads = ([gathered(t) for t in tensors] for tensors in (own, grads))
-    share = max(len(grads) - n, 1)
-    return joined(layer, own[:n], own[n:]), joined(layer, grads[:n], grads[n:], share=share)
 
 
 def _remove(captures: Mapping[str, InputCapture], probe: BatchNormProbe) -> None:

@@ -14,7 +14,7 @@ from gradcond.moments import channel_moments, is_matrix, moments_of_matrices
 from gradcond.patches import meets_all, patch_moments
 from gradcond.statistics import Moments
 
-__all__ = ["Deferred", "Observer"]
+__all__ = ["Deferred", "Observer", "packs_saved_tensors"]
 
 
 _MANY = 1000  # passes
@@ -94,7 +94,7 @@ class Observer:
         """
         if not args or self.ghost is not None or not is_matrix(x := args[0]):
             return None
-        if output.dtype is not x.dtype or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        if output.dtype is not x.dtype or packs_saved_tensors():
             return None
         deferred = Deferred(x)
         self.waiting.append(weakref.ref(deferred))
@@ -131,6 +131,23 @@ class Observer:
             seen = weakref.ref(x), x._version, axis, channel_moments(x, axis)
             self.seen[id(x)] = seen
         return seen[3]
+
+
+def packs_saved_tensors() -> bool:
+    """Do hooks pack away what autograd saves now, as activation checkpointing does? Unpacking may compute it again.
+
+    Example:
+        >>> packs_saved_tensors()
+        False
+        >>> with torch.autograd.graph.save_on_cpu():
+        ...     packs_saved_tensors()
+        True
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("never seen"):  # raises where there are some
+            return False
+    except RuntimeError:
+        return True
 
 
 def _frequencies(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
