@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gradcond.inputs import Deferred, Observer
 from gradcond.layers import Layer, first_input
@@ -50,10 +51,11 @@ class _Hook:
 class InputCapture(_Hook):
     """Collects the input moments of one layer's calls between two steps.
 
-    A call is reached when the gradient of its output is computed, and counts when the weight's gradient is
-    accumulated after that: derivatives that leave no gradient in the weight (of the inputs, or a Hessian
-    product) count nothing. Rows of a gradient that was thrown away, as a gradient scaler does with one that
-    overflowed, do not count either; when the step's gradient was put together from several ones, all rows do.
+    A call is reached when a backward pass computes the gradient of its output, or goes through what an earlier one
+    computed of it (of a penalty on derivatives), and counts when that pass accumulates the weight's gradient:
+    derivatives that leave no gradient in the weight (of the inputs, or a Hessian product) count nothing. Rows of a
+    gradient that was thrown away, as a gradient scaler does with one that overflowed, do not count either; when
+    the step's gradient was put together from several ones, all rows do.
     """
 
     def __init__(self, layer: Layer, observer: Observer) -> None:
@@ -75,7 +77,8 @@ class InputCapture(_Hook):
         self.feeds_batch_norm = False
         self.probed = False  # does somebody ask for the last output?
         self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
-        self.watched: tuple[Callable[[], Tensor | None], RemovableHandle | None] = (lambda: None, None)
+        self.hooks: Any = WeakIdKeyDictionary()  # by weight: another may take its place for a call
+        self.watched: Callable[[], Tensor | None] = _nothing  # the last one
         _drop_inert(layer.module)
         # first of all hooks: FSDP2's puts the weight's shard back
         self.handle = layer.module.register_forward_hook(self, with_kwargs=True, prepend=True)
@@ -113,10 +116,11 @@ class InputCapture(_Hook):
             seen = self.observer.moments(self.layer, args, kwargs, output)
         if seen is None:
             return
-        if self.watched[0]() is not weight:  # it has been unfrozen or replaced
+        if self.watched() is not weight:  # it has been unfrozen or replaced
             self._watch(weight)
-        self.reached.clear()  # what was reached and never counted was no training
-        call = _Call(self, seen)
+        if torch._C._current_graph_task_id() < 0:  # no second forward of checkpointing, within a backward pass
+            self.reached.clear()  # what was reached and never counted was no training
+        call = _Call(self, seen, weight)
         if isinstance(output, Tensor):
             if self.probed:
                 self.last_output = weakref.ref(output), output._version
@@ -129,15 +133,18 @@ class InputCapture(_Hook):
     def _watch(self, weight: nn.Parameter) -> None:
         if not weight.requires_grad:
             return
-        if self.watched[1] is not None:
-            self.watched[1].remove()
-        self.watched = weakref.ref(weight), weight.register_post_accumulate_grad_hook(_Count(self))
+        last = self.watched()
+        if last is not None and is_sharded(last):  # FSDP2 calls the hooks of shards by itself
+            self.hooks.pop(last).remove()
+        self.watched = weakref.ref(weight)
+        if weight not in self.hooks:
+            self.hooks[weight] = weight.register_post_accumulate_grad_hook(_Count(self))
 
     def remove(self) -> None:
         """Takes the hooks off the module and its weight."""
         self.handle.remove()
-        if self.watched[1] is not None:
-            self.watched[1].remove()
+        for hook in self.hooks.values():
+            hook.remove()
 
     def begin(self) -> None:
         """A backward pass comes: is the gradient that was being accumulated gone?"""
@@ -152,20 +159,24 @@ class InputCapture(_Hook):
         if grad is None or not bool(local(grad).any()):
             self._set_aside()
 
-    def count(self, grad: Tensor | None) -> None:
-        """The calls that were reached have made a gradient: their rows count, each once."""
-        if not self.reached and self._is_new(grad):  # of compiled calls, or of none here that had rows
+    def count(self, weight: Tensor) -> None:
+        """The calls that this pass has reached have made a gradient: their rows count, each once."""
+        if weight is not self.weight:  # one of torch.func.functional_call
+            return
+        grad, task = weight.grad, torch._C._current_graph_task_id()
+        reached = [call for call in self.reached.values() if call.task == task and call.weight() is weight]
+        if not reached and self._is_new(grad):  # of compiled calls, or of none here that had rows
             self._set_aside()
         if self.traced is not None:
             self._collect(self.traced)
             self.traced = None
-        for call in self.reached.values():
+        for call in reached:
             if not call.counted:
                 self._collect(call.moments)
             elif call.counted != self.gradient:
                 self.again = _merge(self.again, call.moments)
             call.counted = self.gradient
-        self.reached.clear()
+            del self.reached[id(call)]
         if grad is not None:
             self.accumulated = weakref.ref(grad), grad._version
 
@@ -210,7 +221,7 @@ class InputCapture(_Hook):
     def take(self) -> Moments | None:
         """The moments of the rows that made the gradient, and a fresh start."""
         weight = self.weight
-        if self.traced is not None and self.watched[0]() is not weight:  # nobody has seen it accumulate
+        if self.traced is not None and weight not in self.hooks:  # nobody has seen it accumulate
             self._collect(self.traced)
             self._watch(weight)
         moments, self.traced = self.collected, None
@@ -224,20 +235,30 @@ class InputCapture(_Hook):
 class _Call:
     """A hook on the node that made one call's output: says when a backward pass reaches it."""
 
-    __slots__ = "capture", "counted", "seen"
+    __slots__ = "capture", "counted", "seen", "task", "weight"
 
-    def __init__(self, capture: InputCapture, seen: Moments | Deferred) -> None:
-        self.capture, self.seen = capture.me, seen
+    def __init__(self, capture: InputCapture, seen: Moments | Deferred, weight: Tensor) -> None:
+        self.capture, self.seen, self.weight = capture.me, seen, weakref.ref(weight)
         self.counted = 0  # the last gradient that it counted for
+        self.task = -1  # the backward pass that has reached it last
 
-    def __call__(self, grads: Any) -> None:
-        """Notes the call."""
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        """Notes the call; where the gradient will be differentiated itself, marks it."""
         capture = self.capture()
-        if capture is not None:
-            if isinstance(self.seen, Deferred) and self.seen.moments is None:
-                capture.observer.settle()
-            capture.begin()
-            capture.reached[id(self)] = self
+        if capture is None:
+            return None
+        if isinstance(self.seen, Deferred) and self.seen.moments is None:
+            capture.observer.settle()
+        capture.begin()
+        self.task = torch._C._current_graph_task_id()
+        capture.reached[id(self)] = self
+        if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None
+        marked = tuple(None if g is None else _Mark.apply(g, self.weight()) for g in grads)
+        for g in marked:
+            if g is not None:
+                _hook(g, self)
+        return marked
 
     @property
     def moments(self) -> Moments:
@@ -246,6 +267,20 @@ class _Call:
             assert self.seen.moments is not None
             return self.seen.moments
         return self.seen
+
+
+class _Mark(torch.autograd.Function):
+    """The identity on a gradient, with a node that leads to the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, weight: Tensor) -> Tensor:
+        """The gradient itself."""
+        return grad
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Of the first argument."""
+        return *grads, None
 
 
 def _is_traced() -> bool:
@@ -269,7 +304,7 @@ class _Count:
         """Counts the calls that were reached."""
         capture = self.capture()
         if capture is not None:
-            capture.count(parameter.grad)
+            capture.count(parameter)
             if dist.is_available() and dist.is_initialized():
                 torch.autograd.Variable._execution_engine.queue_callback(capture.note_replaced)
 

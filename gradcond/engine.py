@@ -5,20 +5,20 @@ from __future__ import annotations
 import cmath
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradcond.assignment import Assignment, Conditioned
+from gradcond.assignment import Assignment, Conditioned, Parameters
 from gradcond.capture import BatchNormProbe, InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, compose
 from gradcond.distributed import Ranks
 from gradcond.finite import not_finite, total_of
 from gradcond.inputs import Observer
-from gradcond.layers import has_lazy
+from gradcond.layers import find_layers, has_lazy
 from gradcond.maps import Maps, rate_of
 from gradcond.plan import Plan
 from gradcond.preconditioner import Preconditioner
@@ -73,25 +73,48 @@ class Engine:
         self.warned: set[str] = set()
         self._attach()
 
-    def _attach(self) -> None:
-        """Finds the layers and hooks those whose inputs are needed."""
+    def _attach(self, hooked: Mapping[str, InputCapture] | None = None) -> None:
+        """Finds the layers and hooks those whose inputs are needed, and that are not hooked already."""
         self.plan = Plan(self.model, self.chain, self.only)
         self.layers, self.lazy = self.plan.layers, has_lazy(self.model)
         users = [c for c in self.chain if c.uses_inputs]
-        self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
-        self.captures = {name: InputCapture(layer, self.observer) for name, layer in self.layers.items() if users}
+        self.captures = dict(hooked or {})
+        if not self.captures:
+            self.observer = Observer(any(c.taps for c in users), users[0].ghost if users else None)
+        for name, layer in self.layers.items():
+            if users and name not in self.captures:
+                self.captures[name] = InputCapture(layer, self.observer)
         taken = [capture for name, capture in self.captures.items() if self.plan.members[name]]
         self.probe = BatchNormProbe(taken, self.model)
         self.retracting = [i for i, c in enumerate(self.chain) if type(c).retract_ is not Conditioner.retract_]
         self.maps = Maps(self.chain, self.states, self.captures, self.warned)
         self.settings = [dict(vars(c)) for c in self.chain]  # to which these and the refusals belong
-        self.conditioned = Conditioned()
-        self.clipped = Conditioned()  # likewise, by what acts on all gradients together
+        if hooked is None:
+            self.conditioned = Conditioned()
+            self.clipped = Conditioned()  # likewise, by what acts on all gradients together
+            self.loaded = False  # has a state been loaded since the last step?
+            self.parameters: Parameters | None = None  # those with which the model was looked through
         self.assigned: list[Assignment] = []  # of the step
         self.found: list[Assignment] | None = None  # the last that the plan gave
-        self.loaded = False  # has a state been loaded since the last step?
-        self.detach = weakref.finalize(self, _remove, [*self.captures.values(), self.probe])
+        self.detach = weakref.finalize(self, _remove, self.captures, self.probe)
         self._ask_due()
+
+    def follow_model(self) -> bool:
+        """Layers may have been added, exchanged or taken away, or their weights be computed now: others go on."""
+        now, before, self.lazy = find_layers(self.model), self.layers, has_lazy(self.model)
+        stay = [name for name, layer in now.items() if name in before and layer.form == before[name].form]
+        if len(stay) == len(now) == len(before):
+            return False
+        modules = set(self.model.modules())
+        gone = [layer for name, layer in before.items() if name not in stay]
+        for states in self.states:
+            for layer in gone:
+                states.pop(layer.name, None)
+        hooked = {name: self.captures.pop(name) for name in stay if name in self.captures}
+        self.detach()
+        self._attach(hooked)
+        self.plan.places += [place for layer in gone for place in layer.places.values() if place[0] in modules]
+        return True
 
     def _follow_settings(self) -> None:
         """Hyper-parameters may have been changed since the last step."""
@@ -132,6 +155,11 @@ class Engine:
     def assignments(self, groups: Sequence[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these parameter groups train and at least one conditioner takes."""
         found = self.plan.assignments(groups)
+        now = self.plan.parameters
+        if found is not self.found and not (now and now.same(self.parameters)):
+            self.parameters = now
+            if self.follow_model():
+                found = self.plan.assignments(groups)
         if found is not self.found:
             self.found = found
             self.together = Together(self.chain, found, self.captures)
@@ -142,14 +170,13 @@ class Engine:
     def begin(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """A new step, over these parameter groups: its first gradients decide its P."""
         if self.lazy and not has_lazy(self.model):  # the first forward pass has given them their shapes
-            self.detach()
-            self._attach()
+            self.follow_model()
         self._follow_settings()
         if not any(self.states):  # the first step: weights may have been set since wrap
             self.plan.ask()
-        self.maps.begin(groups)
         self.groups = groups
         self.assigned = self.assignments(groups)
+        self.maps.begin(groups)
         self.idle = self.first = True  # nothing has been conditioned yet
         self.at_one_go = not self.ranks.several
 
@@ -366,6 +393,7 @@ class Engine:
                 self.chain[i].retract_(view, state if whole else local_state(layer, state))
 
 
-def _remove(hooks: Iterable[InputCapture | BatchNormProbe]) -> None:
-    for hook in hooks:
-        hook.remove()
+def _remove(captures: Mapping[str, InputCapture], probe: BatchNormProbe) -> None:
+    for capture in captures.values():
+        capture.remove()
+    probe.remove()

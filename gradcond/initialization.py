@@ -83,8 +83,9 @@ def unit_variance_init_(model: nn.Module, batch: Any) -> dict[str, float]:
             for layer in layers.values()
         ]
         try:
-            # on copies of the buffers, whatever the modules do with them
-            functional_call(model, {name: b.clone() for name, b in model.named_buffers()}, args, kwargs)
+            # on copies of the buffers, whatever the modules do with them; those of a shared module once
+            copies = {name: b.clone() for name, b in model.named_buffers()}
+            functional_call(model, copies, args, kwargs, tie_weights=False)
         finally:
             for handle in handles:
                 handle.remove()

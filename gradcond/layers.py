@@ -140,6 +140,11 @@ class Layer:
         found = module._parameters.get(leaf)
         return getattr(module, leaf, None) if found is None else found
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """Where its parameters are, and how they are its rows."""
+        return self.places, self.span, self.groups, self.inputs, self.units, self.kernel
+
     def parameters(self) -> list[Any]:
         """All parameters that hold the rows."""
         return [self.lookup(key) for key in self.places]

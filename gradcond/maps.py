@@ -75,7 +75,7 @@ class Maps:
                 if capture is not None and capture.active and conditioner.is_due(states.get(name, {})):
                     seen = moments.get(name)
                     if seen is None:
-                        self._warn_missing(assignment)
+                        self._warn_missing(assignment, conditioner)
                         self.unseen.add(name)
                         continue
                 if name not in states:
@@ -132,14 +132,14 @@ class Maps:
             self.lasting[layer.name] = row_map
         return row_map
 
-    def _warn_missing(self, assignment: Assignment) -> None:
+    def _warn_missing(self, assignment: Assignment, conditioner: Conditioner) -> None:
         layer = assignment.layer
         if layer.name not in self.warned and bool(local(assignment.weights[0].grad).any()):
             self.warned.add(layer.name)
             warnings.warn(
                 f"layer {layer.name!r} has a gradient, but none of its inputs were seen: expected its forward "
-                "pass in training mode, through the module's call. Its gradient goes through as it is; of a module "
-                "that is called in a way of its own, register_layer shows the input",
+                f"pass in training mode, through the module's call. {conditioner.name} leaves its gradient as it "
+                "is; of a module that is called in a way of its own, register_layer shows the input",
                 stacklevel=2,
             )
 

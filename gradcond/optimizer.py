@@ -95,8 +95,9 @@ class ConditionedOptimizer(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group to the inner optimizer; its layers are conditioned from the next step on."""
+        """Adds a group to the inner optimizer; its layers, in the model by now, are conditioned from now on."""
         self.optimizer.add_param_group(param_group)
+        self._engine.assignments(self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state with the entry "gradcond": settings and statistics of the chain."""

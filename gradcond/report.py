@@ -45,6 +45,7 @@ class Report:
 def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
     """The report of an engine on the parameters of these groups."""
     groups = list(groups)
+    engine.follow_model()
     assigned = {a.layer.name: a for a in engine.assignments(groups)}
     conditioned: dict[str, list[str]] = {}
     for name, assignment in assigned.items():

@@ -52,6 +52,11 @@ def tied():
     return model
 
 
+def shared():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
+    return nn.Sequential(nn.Sequential(model, nn.Linear(4, 4)), nn.Sequential(model, nn.Linear(4, 3)))
+
+
 def frozen():
     model = mlp(nn.Tanh(), nn.Linear(4, 4))
     model[0].requires_grad_(False)
@@ -100,6 +105,7 @@ MODELS = {
     "gru": (lambda: recurrent(nn.GRU), (3, 4)),
     "unused": (lambda: with_parameter(mlp(), nothing=torch.ones(3)), (4,)),
     "tied": (tied, (4,)),
+    "shared module": (shared, (4,)),
     "frozen": (frozen, (4,)),
     "linear in the loss": (lambda: with_parameter(Lambda(scaled, inner=mlp()), shift=torch.zeros(3)), (4,)),
     "dropout off": (lambda: mlp(nn.Dropout(0.5)).eval(), (4,)),
@@ -150,7 +156,10 @@ def test_models(name, kind, method, monkeypatch):
         method = "auto"
         monkeypatch.setattr(kind, "_forward_costs", 0.0)  # forward mode is tried
     H = kind(model, nn.CrossEntropyLoss(), data, method=method)
+    before = [(t, t.clone()) for t in (*model.parameters(), *model.buffers())]
     assert_same_operator(H, exact)
+    for t, (own, value) in zip((*model.parameters(), *model.buffers()), before, strict=True):
+        assert t is own and torch.equal(t, value)
     if method == "auto":
         assert H.probe.method == "double_backward" and "no forward mode" in repr(H)
 

@@ -142,6 +142,7 @@ class Noisy(nn.Module):
 
 def test_nothing_else_is_touched():
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), Noisy(), nn.Linear(8, 3))
+    model[0].next = model[3]  # a module that two others hold
     x = torch.randn(16, 5, requires_grad=True)
     model(x).sum().backward()
     model[1].eval()

@@ -119,15 +119,27 @@ def test_an_embedding_is_a_layer_without_bias_on_one_hot_inputs(shape, padding):
         assert torch.equal(layer.weight[padding], before[padding])
 
 
+class Positions(nn.Embedding):
+    """Looks up where the words are, not the words."""
+
+    def forward(self, words):
+        return super().forward(torch.arange(words.shape[-1]))
+
+
 def test_a_sparse_embedding_and_one_that_counts_are_left_alone_or_not():
-    model = nn.ModuleList([nn.Embedding(4, 2, sparse=True), nn.Embedding(4, 2), nn.EmbeddingBag(4, 2)])
+    kinds = [nn.Embedding(4, 2, sparse=True), nn.Embedding(4, 2), nn.EmbeddingBag(4, 2), Positions(4, 2)]
+    model = nn.ModuleList(kinds)
     optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
     report = optimizer.report()
     assert report.left_alone == {
         "0.weight": "its gradients are sparse",
         "2.weight": "EmbeddingBag has no adapter",
+        "3.weight": "Positions has a forward of its own; register_layer shows what it looks up",
     }
     assert list(report.conditioned) == ["1"]
+    kinds[3](torch.tensor([[7, 8]])).sum().backward()  # words that it has no rows for
+    optimizer.step()
+    assert torch.equal(kinds[3].weight.grad, torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]]))
 
 
 class GraphConvolution(nn.Module):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import CHAINS, backward, build, flat, wrapped
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
@@ -424,6 +425,70 @@ def test_groups_can_be_switched_off_and_added():
     assert "2" in optimizer.report().conditioned
 
 
+def test_layers_that_are_exchanged_and_added_join():
+    model, x = network(), data()[0]
+    optimizer = wrapped(model, [BNP(decay=0.0), RateDamping()], lr=0.01)
+    train(model, optimizer, 2)
+    old, kept = model[2], optimizer._engine.states[0]["0"]
+    model[2] = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    optimizer.add_param_group({"params": model[2].parameters()})
+    optimizer.zero_grad()
+    hidden = model[:2](x).detach()
+    model(x).square().sum().backward()
+    optimizer.step()
+    states = optimizer._engine.states[0]
+    assert states["0"] is kept and kept["steps"] == 3
+    assert list(optimizer.report().conditioned) == ["0", "2.0", "2.2"] and not optimizer.report().left_alone
+    assert not old._forward_hooks
+    assert_close(states["2.0"]["mean"], hidden.mean(0))
+    assert states["2.2"]["rows"] == len(x)
+
+
+def test_a_report_of_layers_that_came_before_their_group_is_right():
+    model = network()
+    optimizer = wrapped(model, [BNP()], lr=0.01)
+    head = nn.Linear(8, 3)
+    optimizer.add_param_group({"params": head.parameters()})
+    model[2] = head
+    assert list(optimizer.report().conditioned) == ["0", "2"]
+    train(model, optimizer, 1)
+    assert optimizer._engine.states[0]["2"]["steps"] == 1
+
+
+def test_a_layer_that_is_pruned_leaves_and_comes_back():
+    model = network()
+    optimizer = wrapped(model, [BNP(), RateDamping()], lr=0.01)
+    train(model, optimizer, 2)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    train(model, optimizer, 2)
+    assert list(optimizer.report().conditioned) == ["2"]
+    assert "computed" in optimizer.report().left_alone["0.weight_orig"]
+    other = network(seed=5)
+    prune.identity(other[0], "weight")
+    other.load_state_dict(model.state_dict())
+    resumed = wrapped(other, [BNP(), RateDamping()], lr=0.01)
+    resumed.load_state_dict(roundtrip(optimizer.state_dict()))
+    assert torch.equal(train(model, optimizer, 2), train(other, resumed, 2))
+    prune.remove(model[0], "weight")
+    with pytest.warns(UserWarning, match="layer '0' has a gradient, but none of its inputs were seen"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 2)
+    assert optimizer._engine.states[0]["0"]["steps"] == 2
+
+
+def test_a_layer_that_is_cut_down_starts_anew():
+    model = network()
+    optimizer = wrapped(model, [BNP(), RateDamping()], lr=0.01)
+    train(model, optimizer, 2)
+    model[0].weight, model[0].bias = (nn.Parameter(p.detach()[:5]) for p in (model[0].weight, model[0].bias))
+    model[2].weight = nn.Parameter(model[2].weight.detach()[:, :5])
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.report()
+    train(model, optimizer, 2)
+    assert optimizer._engine.states[0]["2"]["mean"].shape == (5,)
+    assert {state["steps"] for states in optimizer._engine.states for state in states.values()} == {2}
+
+
 def test_frozen_layers_join_when_they_are_unfrozen():
     model = network()
     model[0].requires_grad_(False)
@@ -494,7 +559,15 @@ def test_a_shared_module_sees_all_its_calls():
 
 
 @pytest.mark.parametrize(
-    "what", ["gradient of the input", "Hessian", "Hessian forward", "gradient returned", "functional call"]
+    "what",
+    [
+        "gradient of the input",
+        "Hessian",
+        "Hessian forward",
+        "gradient returned",
+        "functional call",
+        "functional call of parameters",
+    ],
 )
 def test_derivatives_that_leave_no_gradient_do_not_count(what):
     from gradcond.curvature import Hessian
@@ -508,8 +581,9 @@ def test_derivatives_that_leave_no_gradient_do_not_count(what):
             torch.autograd.grad((model(y) ** 3).mean(), y)
         elif what == "gradient returned":
             torch.autograd.grad((model(y) ** 3).mean(), list(model.parameters()))
-        elif what == "functional call":
-            others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        elif what.startswith("functional call"):
+            kind = nn.Parameter if what.endswith("parameters") else torch.Tensor.requires_grad_
+            others = {name: kind(p.detach().clone()) for name, p in model.named_parameters()}
             (torch.func.functional_call(model, others, y) ** 3).mean().backward()
         else:
             method = "forward_over_reverse" if what == "Hessian forward" else "double_backward"
@@ -519,6 +593,57 @@ def test_derivatives_that_leave_no_gradient_do_not_count(what):
     elsewhere()
     backward(model, x)
     elsewhere()
+    optimizer.step()
+    state = optimizer._engine.states[0]["0"]
+    assert state["rows"] == 6
+    assert_close(state["mean"], x.mean(0))
+
+
+def test_other_parameters_in_the_place_of_the_model_s_count_nothing():
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    others = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    y = model(x)
+    (y.sum() + torch.func.functional_call(model, others, 9 + x).sum()).backward()
+    optimizer.step()
+    state = optimizer._engine.states[0]["0"]
+    assert state["rows"] == 6
+    assert_close(state["mean"], x.mean(0))
+
+
+@pytest.mark.parametrize("penalty_first", [True, False])
+@pytest.mark.parametrize("order", [1, 2])
+def test_rows_of_a_penalty_on_derivatives_count_whenever_it_was_computed(penalty_first, order):
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    x, boundary = torch.randn(7, 3, dtype=torch.double, requires_grad=True), 9 + torch.randn(4, 3).double()
+
+    def penalty():
+        slopes = model(x).sum()
+        for _ in range(order):
+            (slopes,) = torch.autograd.grad(slopes.sum(), x, create_graph=True)
+        return slopes.square().sum()
+
+    terms = [penalty, lambda: model(boundary).sum()]
+    sum(term() for term in (terms if penalty_first else reversed(terms))).backward()
+    optimizer.step()
+    rows = torch.cat([x.detach(), boundary])
+    first, last = (optimizer._engine.states[0][name] for name in "02")
+    assert first["rows"] == last["rows"] == 11
+    assert_close(first["mean"], rows.mean(0))
+    assert_close(last["mean"], model[:2](rows).mean(0).detach())
+
+
+@pytest.mark.parametrize("method", ["double_backward", "forward_over_reverse"])
+def test_a_curvature_product_between_forward_and_backward_counts_nothing(method):
+    from gradcond.curvature import Hessian
+
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP(decay=0.0)], lr=0.0)
+    H = Hessian(model, nn.MSELoss(), [(100 * x, torch.zeros(6, 4, dtype=x.dtype))], method=method)
+    loss = (model(x) ** 3).mean()
+    H @ torch.ones(H.shape[0], dtype=H.dtype)
+    loss.backward()
     optimizer.step()
     state = optimizer._engine.states[0]["0"]
     assert state["rows"] == 6

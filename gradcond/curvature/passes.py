@@ -101,11 +101,20 @@ def call(
 ) -> Any:
     """``function(model, batch)`` with other parameters in place; the buffers stay as they are."""
     # each call gets its own copy of the buffers, so running statistics and the like move in the copy
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    if not buffers and not parameters:
+    others = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    if parameters:
+        others |= {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
+    if not others:
         return function(model, batch)
-    tensors = {f"model.{name}": tensor for name, tensor in (*buffers.items(), *parameters.items())}
-    return torch.func.functional_call(_Whole(model), tensors, (function, batch))
+    whole = _Whole(model)
+    # each place once: functional_call's own search for tied ones takes a shared module for two, and breaks it
+    tensors = {
+        f"{name}.{key}": others[id(tensor)]
+        for name, module in whole.named_modules()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if id(tensor) in others
+    }
+    return torch.func.functional_call(whole, tensors, (function, batch), tie_weights=False)
 
 
 # how a switch stands, what sets it, and how it must stand: the fused attention kernels have no second derivative
