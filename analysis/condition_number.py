@@ -106,7 +106,7 @@ def analyse_one(
 ) -> Numbers:
     """Return the numbers of one checkpoint, the first of those left."""
     model, factors, notes = prepare(problem, checkpoint, args)
-    matrix, loss = matrix_at(problem, model, data, args)
+    matrix, loss = matrix_at(problem, checkpoint, model, data, args)
     blocks = find_blocks(matrix.model)
     wide = [block.name for block in blocks if block.layer is not None and too_wide(block.layer)]
     if wide:

@@ -120,7 +120,7 @@ def analyse_one(
 ) -> tuple[Numbers, Arrays]:
     """Return the numbers and arrays of one checkpoint, "VARIANT/NAME"."""
     model, preconditioner, notes = prepare(problem, checkpoint, args)
-    hessian, loss = matrix_at(problem, model, data, args)
+    hessian, loss = matrix_at(problem, checkpoint, model, data, args)
     entry: Numbers = {"parameters": hessian.shape[0], "loss": loss, "notes": notes}
     arrays: Arrays = {}
     unfinished = Unfinished(args.out, "spectrum", before.key, *identity(problem, checkpoint, model, loss, args))

@@ -82,7 +82,9 @@ def saved_preconditioner(model: nn.Module, checkpoint: Checkpoint) -> Any:
         raise InputError(f"{checkpoint.path}, its optimizer's state: {error}") from error
 
 
-def matrix_at(problem: Problem, model: nn.Module, data: Any, args: argparse.Namespace) -> tuple[Any, float]:
+def matrix_at(
+    problem: Problem, checkpoint: Checkpoint, model: nn.Module, data: Any, args: argparse.Namespace
+) -> tuple[Any, float]:
     """Return the operator over the model's parameters, and the loss.
 
     Raises:
@@ -95,5 +97,6 @@ def matrix_at(problem: Problem, model: nn.Module, data: Any, args: argparse.Name
         return operator, float(operator.loss())
     except Exception as error:
         raise InputError(
-            f"the model and the data of {problem.path} do not go together: {type(error).__name__}: {error}"
+            f"the model at {checkpoint.path} and the data of {problem.path} do not go together: "
+            f"{type(error).__name__}: {error}"
         ) from error

@@ -258,6 +258,11 @@ def bare(folder: Path) -> None:
     torch.save(torch.load(folder / "step9.pt", weights_only=True)["model"], folder / "step9.pt")
 
 
+def diverge(folder: Path) -> None:
+    weights = torch.load(folder / "step9.pt", weights_only=True)["model"]
+    torch.save({name: weight * torch.nan for name, weight in weights.items()}, folder / "step9.pt")
+
+
 def delete(name: str):
     return lambda folder: (folder / name).unlink()
 
@@ -280,6 +285,7 @@ BAD = {
     ),
     "other data": (replace_text("12, 4", "12, 5"), [], ["do not go together", "RuntimeError"]),
     "not finite": (replace_text(" + 1", " / 0"), [], ["finite loss", "batch 0"]),
+    "diverged": (diverge, [], ["the model at", "step9.pt", "finite loss", "nan"]),
     "dropout, all eigenvalues": (
         lambda folder: None,
         ["--mode", "train", "--exact-below", "99"],
