@@ -97,7 +97,9 @@ def draw(drawn: Curves, path: Path) -> None:
 def _draw_line(axes: Axes, drawn: Curves, method: str, name: str, scale: float, **options: Any) -> None:
     steps, mean = drawn[f"{method}/steps"], scale * drawn[f"{method}/{name}/mean"]
     known = np.isfinite(mean)
-    axes.plot(steps[known], mean[known], marker="o" if known.sum() == 1 else None, **options)
+    before, after = np.append(False, known[:-1]), np.append(known[1:], False)
+    alone = np.flatnonzero(known & ~before & ~after)  # a line has no place for a single point
+    axes.plot(steps, np.where(known, mean, np.nan), marker="o" if len(alone) else None, markevery=alone, **options)
     if name == "train_loss" and known.any() and not known[-1]:  # the line ends early: say that it does
         axes.plot(steps[known][-1], mean[known][-1], "X", color=options["color"], markersize=11)
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -48,6 +49,16 @@ def test_names_are_drawn_letter_by_letter(drawn, tmp_path):
     assert convergence.main([*(str(tmp_path / name) for name in names), "--out", str(tmp_path / "a.png")]) == 0
     written = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert [text.strip("\u200b").replace("\\$", "$") for text in written] == names
+
+
+def test_a_line_has_a_gap_where_there_is_no_value(drawn, tmp_path):
+    losses = ["3.0", "nan", "2.0", "nan", "1.5", "1.25"]
+    rows = [f"0,{step},{loss},0.1," for step, loss in enumerate(losses)]
+    (tmp_path / "metrics.csv").write_text("\n".join([",".join(COLUMNS), *rows]))
+    assert convergence.main([str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
+    line = drawn[0].axes[0].lines[0]
+    np.testing.assert_array_equal(line.get_ydata(), [float(loss) for loss in losses])
+    assert line.get_marker() == "o" and list(line.get_markevery()) == [0, 2]
 
 
 @pytest.mark.parametrize(
