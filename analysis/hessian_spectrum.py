@@ -175,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(report["checkpoints"]) > 1:
         draw_trajectory(report, args.out / "trajectory.png")
         print(f"wrote {args.out}/trajectory.png")
+    else:  # one of an earlier run would not be of these checkpoints
+        (args.out / "trajectory.png").unlink(missing_ok=True)
     if not args.redraw:
         forget(args.out, "spectrum")
     return 0

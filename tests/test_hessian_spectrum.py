@@ -163,6 +163,8 @@ def test_several_checkpoints_make_a_trajectory(folder, capsys):
         report["checkpoints"].append(entry)
     draw_trajectory(report, folder / "many.png")
     assert (folder / "many.png").stat().st_size > 10_000
+    assert main(command(folder)) == 0  # of one checkpoint, into the same folder
+    assert not picture.exists()
 
 
 def test_the_same_run_gives_the_same_files(folder):
