@@ -34,7 +34,16 @@ from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
 from command import InputError, labels, require_folder
-from matrices import DTYPES, add_options, matrix_at, model_at, parse_options, positive, saved_preconditioner
+from matrices import (
+    DTYPES,
+    add_options,
+    matrix_at,
+    model_at,
+    parse_options,
+    positive,
+    saved_preconditioner,
+    told,
+)
 from problems import Problem, load_problem, to
 from spectra import Arrays, Numbers, measure, measure_exact
 from spectrum_figure import draw
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_folder(args.out)
         report, arrays = read(args.out) if args.redraw else analyse(args)
     except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)

@@ -291,9 +291,9 @@ BAD = {
     "dropout, all eigenvalues": (
         lambda folder: None,
         ["--mode", "train", "--exact-below", "99"],
-        ["dropout is active", "'1'"],
+        ["dropout is active", "'1'", "leave out --mode train"],
     ),
-    "dropout": (lambda folder: None, ["--mode", "train"], ["dropout is active", "'1'"]),
+    "dropout": (lambda folder: None, ["--mode", "train"], ["dropout is active", "'1'", "leave out --mode train"]),
     "no optimizer": (bare, ["--preconditioned"], ["step9.pt holds none", "leave the option out"]),
     "no gradcond": (forget("gradcond"), ["--preconditioned"], ["step9.pt", "'gradcond'", "wrap"]),
     "out is a file": (block, [], ["is a file; name another folder"]),
@@ -345,6 +345,7 @@ BAD_OPTIONS = {
     "no checkpoint": (["--problem", "p.py"], "at least one CKPT as well"),
     "both": (["a.pt", "--problem", "p.py", "--redraw"], "--redraw and neither"),
     "zero": (["a.pt", "--problem", "p.py", "--top", "0"], "must be at least 1, got 0"),
+    "few": (["a.pt", "--problem", "p.py", "--kappa-matvecs", "4"], "must be at least 5, got 4"),
     "device": (["a.pt", "--problem", "p.py", "--device", "abacus"], "--device"),
 }
 
