@@ -354,6 +354,14 @@ def test_a_short_basis_that_runs_out_of_products_says_so():
     assert not pairs.converged.all() and pairs.num_matvecs <= 40
 
 
+@pytest.mark.parametrize("bounds", [{"max_vectors": 6}, {"max_matvecs": 24}])
+def test_a_search_for_copies_that_ends_early_says_so(bounds):
+    A = matrix(torch.arange(1.0, 31.0).repeat_interleave(2))
+    with pytest.warns(UserWarning, match="copies of the 4 eigenvalues found are not ruled out"):
+        pairs = eigsh(A, 4, tol=0.03, **bounds)
+    assert pairs.converged.all()
+
+
 def test_bfloat16_operators():
     class Half(Diagonal):
         def _columns(self, V):

@@ -80,7 +80,7 @@ def eigsh(
 
     Returns:
         The pairs in A's working dtype, on its device. Where ``converged`` is False the residual still holds; a
-        warning says so.
+        warning says so, and where the bounds were too small to rule out copies of those that have converged.
 
     Raises:
         ValueError: k is not in 1..n, which is unknown, A is not square, not symmetric or not repeatable, start
@@ -124,10 +124,12 @@ def eigsh(
         fresh = torch.stack([products.gaussian(generator).double() for _ in rows])
         space.add(rows.to(fresh.device) + FRESH * fresh / fresh.norm(dim=1, keepdim=True))
     search = Search(space, k, which, tol=tol, block=block, max_vectors=max_vectors, budget=budget)
-    coefficients, allowed = search.run(), tol * space.top
+    coefficients, allowed, settled = search.run(), tol * space.top, search.settled
     del search, space  # and the memory of what is pending
     vectors = basis.take(coefficients)
-    return _certified(products, vectors.to(products.device), which, allowed)
+    pairs = _certified(products, vectors.to(products.device), which, allowed)
+    _warn(pairs, settled)
+    return pairs
 
 
 def _start_rows(start: Tensor | Eigenpairs, n: int, block: int) -> Tensor:
@@ -174,12 +176,6 @@ def _certified(products: Products, vectors: Tensor, which: str, allowed: float) 
     )
     index = torch.as_tensor(wanted(eigenvalues.cpu().numpy(), k, which).copy(), device=vectors.device)
     converged = residuals <= allowed
-    if not bool(converged.all()):
-        warnings.warn(
-            f"{int((~converged).sum())} of {k} eigenpairs not converged in {products.count} products "
-            f"(largest residual {float(residuals.max()):.1e}); raise max_matvecs, max_vectors or tol",
-            stacklevel=3,
-        )
     return Eigenpairs(
         eigenvalues=eigenvalues[index].to(vectors.dtype),
         eigenvectors=vectors[:, index],
@@ -187,3 +183,21 @@ def _certified(products: Products, vectors: Tensor, which: str, allowed: float) 
         converged=converged[index],
         num_matvecs=products.count,
     )
+
+
+def _warn(pairs: Eigenpairs, settled: bool) -> None:
+    """Say so where something has not converged, or may hide behind what has."""
+    failed, count = int((~pairs.converged).sum()), pairs.num_matvecs
+    if failed:
+        largest = float(pairs.residuals.max())
+        warnings.warn(
+            f"{failed} of {len(pairs.residuals)} eigenpairs not converged in {count} products "
+            f"(largest residual {largest:.1e}); raise max_matvecs, max_vectors or tol",
+            stacklevel=3,
+        )
+    elif not settled:
+        warnings.warn(
+            f"copies of the {len(pairs.residuals)} eigenvalues found are not ruled out in {count} products; raise "
+            "max_matvecs or max_vectors, or use block",
+            stacklevel=3,
+        )
