@@ -75,7 +75,7 @@ def test_rounding_on_its_way_to_zero_does_not_put_off_the_answer():
 
 
 def test_nothing_is_resolved_while_something_smaller_has_not_converged():
-    # of 60 eigenvalues down to 1e-7 some are next to the floor of float32, where the space ends before they converge
+    # of 60 eigenvalues some are next to the floor of float32, where the space ends before they converge
     for seed in range(40):
         values = 10 ** (-7 * torch.rand(60, generator=torch.Generator().manual_seed(seed)))
         c = condition_number(matrix(values, seed).to(torch.float32), tol=1e-4, seed=seed)

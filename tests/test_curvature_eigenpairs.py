@@ -374,6 +374,7 @@ def test_bfloat16_operators():
 
 
 REFUSED = {
+    "tolerance": ({"tol": float("nan")}, ValueError, "tol must not be negative, got nan"),
     "block": ({"block": 0}, ValueError, "block must be at least 1, got 0"),
     "vectors": ({"max_vectors": 3}, ValueError, "max_vectors must be at least 4, k \\+ 2 block, got 3"),
     "rows": ({"start": torch.ones(4, 2)}, ValueError, r"shape \(9, j\), got \(4, 2\)"),

@@ -83,7 +83,7 @@ def condition_number(
         False when the smallest above the noise floor has not been confirmed. kappa_lower_bound holds in any case.
 
     Raises:
-        ValueError: max_matvecs < 5, A is not square, not symmetric or not repeatable.
+        ValueError: max_matvecs < 5, tol is negative, A is not square, not symmetric or not repeatable.
 
     References:
         B. N. Parlett, The Symmetric Eigenvalue Problem, 1980, section 11.7 (the error r^2 / g).
@@ -95,6 +95,8 @@ def condition_number(
     """
     if max_matvecs < 5:
         raise ValueError(f"max_matvecs must be at least 5, got {max_matvecs}")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
     products, generator = Products(A, progress), generator_from(seed)
     z = products.gaussian(generator)
     start = products(z)

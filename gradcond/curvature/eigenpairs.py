@@ -83,8 +83,8 @@ def eigsh(
         warning says so, and where the bounds were too small to rule out copies of those that have converged.
 
     Raises:
-        ValueError: k is not in 1..n, which is unknown, A is not square, not symmetric or not repeatable, start
-            is not (n, j) or not finite, a bound is too small.
+        ValueError: k is not in 1..n, which is unknown, tol is negative, A is not square, not symmetric or not
+            repeatable, start is not (n, j) or not finite, a bound is too small.
         MemoryError: not even k + 2 block vectors fit; with the size.
 
     References:
@@ -102,6 +102,8 @@ def eigsh(
         raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..{n}, got {k}; the matrix has {n} eigenvalues")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     budget = max(20 * k, 300) if max_matvecs is None else max_matvecs - k
