@@ -54,8 +54,8 @@ class BNP(Conditioner):
         center: take the means into account.
         standardize: take the variances into account.
         taps: statistics of every tap's own patches, padding included, instead of tied ones per input channel.
-        ghost: take the moments of this many rows (of convolutions: samples) drawn from each call; None, of all.
-            Embeddings and recurrent layers always give all.
+        ghost: take the moments of this many rows (of convolutions: samples) drawn from each call, for which they
+            count; None, of all. Embeddings and recurrent layers always give all.
         every: take moments in every so many steps, the first one included, and use the last ones in between.
 
     Raises:

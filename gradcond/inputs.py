@@ -79,7 +79,6 @@ class Observer:
         samples = sequences or (x.shape[0] if axis > 0 else 1)
         if self.ghost is not None and axis > 0:
             x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)
-            count = min(count, x.numel() // x.shape[layer.channel_axis(x)])
         if self.taps and has_positions and layer.convolution and not meets_all(layer):
             seen = count if layer.transposed else rows  # how much they weigh beside other calls': patches
             found = patch_moments(layer, x, output.shape[-layer.taps :])
