@@ -100,8 +100,11 @@ class BNP(Conditioner):
             raise ValueError(f'BNP: start must be "debias", "first_batch" or "paper", got {self.start!r}')
         if self.ghost is not None and not (isinstance(self.ghost, int) and self.ghost >= 1):
             raise ValueError(f"BNP: ghost must be a number of rows, or None, got {self.ghost}")
-        if not self.every >= 1:
-            raise ValueError(f"BNP: every must be at least 1, got {self.every}")
+        if not (isinstance(self.every, int) and self.every >= 1):
+            raise ValueError(f"BNP: every must be a number of steps, at least 1, got {self.every}")
+        for name in ("center", "standardize", "taps"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"BNP: {name} must be True or False, got {getattr(self, name)!r}")
 
     def is_due(self, state: dict[str, Any]) -> bool:
         """Every `every` steps, the first one included."""
@@ -200,7 +203,7 @@ class BNP(Conditioner):
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """One mean and one variance per input, or per input and tap."""
         shape = (layer.inputs * (layer.kernel_size if self.taps else 1),)
-        return {"mean": shape, "variance": shape, "shift": shape}
+        return {"mean": shape, "exact_mean": shape, "variance": shape, "shift": shape}
 
     def describe(self, layer: Layer, state: dict[str, Any]) -> str:
         """Which restriction of M is used, and over how many steps the moments were taken."""

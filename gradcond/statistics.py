@@ -56,8 +56,8 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
     which is unbiased up to O(1 - decay) at every batch size, one row included.
 
     Args:
-        state: holds "mean" and "variance", which are changed in place, and "shift" (d), "steps", "rows" and
-            "samples" from the second call on.
+        state: holds "mean" and "variance", which are changed in place, and "shift" (d), "steps", "rows",
+            "samples" and "exact_mean" from the second call on: in float32 a small step of a large mean is lost.
         moments: of this step's rows.
         decay: in [0, 1); 0 keeps this step's rows only.
         start: "debias", a = (1-decay)/(1-decay^t); "first_batch", a = 1 and then 1-decay; "paper", a = 1-decay
@@ -73,13 +73,21 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
     mean, variance = state.get("mean"), state.get("variance")
     if mean is None or variance is None:
         mean, variance = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)
+    exact = _exact(state.get("exact_mean", mean), moments.mean)
     mean, variance = mean.to(moments.mean), variance.to(moments.mean)  # the model may have been moved
     steps = state.get("steps", 0) + 1
     a = weight_of(steps, decay, start)
-    state["shift"] = d = moments.mean - mean
-    state["mean"] = mean.lerp_(moments.mean, a)
+    new = moments.mean.to(exact.dtype)
+    state["shift"] = d = (new - exact).to(mean.dtype)
+    state["exact_mean"] = exact.lerp_(new, a)
+    state["mean"] = mean.copy_(exact)
     state["variance"] = variance.lerp_(moments.variance, a).addcmul_(d, d, value=a * (1 - a))
     state["steps"], state["rows"], state["samples"] = steps, moments.rows, moments.samples
+
+
+def _exact(mean: Tensor, like: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return mean.to(like.device, like.dtype if like.device.type == "mps" else torch.float64)
 
 
 def weight_of(steps: int, decay: float, start: str) -> float:
@@ -102,24 +110,24 @@ class Bank:
     def __init__(self, states: Sequence[dict[str, Any]], like: Tensor) -> None:
         sizes = [len(state["mean"]) for state in states]
         self.flat = torch.cat([state[key].to(like) for key in ("mean", "variance") for state in states])
-        self.moved = torch.zeros_like(self.flat)  # by how much, before the weight
         self.mean, self.variance = self.flat.chunk(2)
-        self.shift, self.metric = self.moved.chunk(2)[0], torch.zeros_like(self.mean)
+        self.exact = torch.cat([_exact(state.get("exact_mean", state["mean"]), like) for state in states])
+        self.shift, self.metric = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.flat.device)
         self.largest = self.flat.new_zeros(len(sizes))
         self.scale: tuple[list[float], Tensor] = [], self.flat
-        keys = ("mean", "variance", "shift")
+        keys = ("mean", "variance", "shift", "exact")
         self.views = list(zip(*(getattr(self, key).split(sizes) for key in keys), strict=True))
         self.metrics = self.metric.split(sizes)
         for state, views in zip(states, self.views, strict=True):
-            state.update(zip(keys, views, strict=True))
+            state.update(zip((*keys[:3], "exact_mean"), views, strict=True))
 
     def holds(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments]) -> bool:
         """Are these the states whose moments it holds, in step, and are their new ones of its kind?"""
         if len(states) != len(self.views):
             return False
         steps, dtype, device = states[0].get("steps"), self.flat.dtype, self.flat.device
-        for state, m, (mean, variance, _) in zip(states, moments, self.views, strict=True):
+        for state, m, (mean, variance, *_) in zip(states, moments, self.views, strict=True):
             if state.get("mean") is not mean or state["variance"] is not variance or state["steps"] != steps:
                 return False
             if m.mean.dtype is not dtype or m.mean.device != device:
@@ -128,11 +136,12 @@ class Bank:
 
     def fold(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], a: float) -> None:
         """What the function `fold` does, with the weight a for all layers."""
-        new = torch.cat([m.mean for m in moments] + [m.variance for m in moments])
-        torch.sub(new, self.flat, out=self.moved)
-        self.flat.lerp_(new, a)
-        self.variance.addcmul_(self.shift, self.shift, value=a * (1 - a))
-        for state, m, (_, _, shift) in zip(states, moments, self.views, strict=True):
+        mean, variance = torch.cat([m.mean for m in moments] + [m.variance for m in moments]).chunk(2)
+        mean = mean.to(self.exact.dtype)
+        torch.sub(mean, self.exact, out=self.shift)
+        self.mean.copy_(self.exact.lerp_(mean, a))
+        self.variance.lerp_(variance, a).addcmul_(self.shift, self.shift, value=a * (1 - a))
+        for state, m, (_, _, shift, _) in zip(states, moments, self.views, strict=True):
             state["steps"], state["rows"], state["samples"] = state["steps"] + 1, m.rows, m.samples
             state["shift"] = shift
 

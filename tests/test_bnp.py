@@ -358,7 +358,7 @@ def test_chains_are_nested_changes_of_variables():
     "settings",
     [
         *({"decay": 1.0}, {"decay": -0.1}, {"eps": -1.0}, {"scale": "row"}, {"start": "zero"}),
-        *({"ghost": 0}, {"ghost": 2.5}, {"every": 0}),
+        *({"ghost": 0}, {"ghost": 2.5}, {"every": 0}, {"every": 1.5}, {"center": None}, {"standardize": 1}),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import gradcond
 import gradcond.inputs
 from gradcond import BNP
+from gradcond.statistics import Moments, fold
 
 
 def wrapped(model, lr=0.0, **settings):
@@ -272,3 +273,18 @@ def test_one_step_has_the_variance_of_its_own_rows_to_a_percent(layer):
         step(model, optimizer, x)
         expected = x.double().movedim(1, 0).flatten(1).var(1, correction=0)
         assert_close(state_of(optimizer)["variance"].double(), expected, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("start", ["debias", "first_batch", "paper"])
+def test_a_large_running_mean_follows_in_float32(start):
+    """Rounded to float32 at each step, it would stop half a spacing times 1 / (1 - decay) away."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for step in range(4000):
+        mean = 1e4 + 0.04 * (step > 1500)
+        x = mean + 1e-2 * torch.randn(8, 20, generator=generator, dtype=torch.float64)
+        x = x.float().double()
+        moments = Moments(8, 8, 8, x.mean(0).float(), x.var(0, correction=0).float())
+        fold(state, moments, 0.99, start)
+    assert state["mean"].dtype is torch.float32
+    assert_close(state["mean"].double(), torch.full((20,), mean, dtype=torch.float64), rtol=0, atol=2e-3)
+    assert abs(state["variance"].mean().item() / 1e-4 - 1) < 0.02
