@@ -195,6 +195,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("expected --rounds, --threads, --samples, --steps and --probes of at least 1")
     if args.train < 0:
         parser.error(f"expected --train of 0 steps or more, got {args.train}")
+    if args.vectors < EIGENPAIRS + 2 or not args.tol > 0:
+        parser.error(
+            f"expected --vectors of at least {EIGENPAIRS + 2} and --tol above 0, got {args.vectors} and {args.tol}"
+        )
     if args.batch < 2:
         parser.error(f"expected --batch of at least 2, got {args.batch}: activations are told by half a batch")
     needed = {"resnet18": "images", "gpt": "text"}.get(args.network)

@@ -24,6 +24,7 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
     "svg.hashsalt": "gradcond",  # the same numbers give the same file

@@ -180,7 +180,15 @@ def test_a_killed_run_goes_on_from_the_products_it_has_made(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--rounds", "0"], ["--network", "resnet18"], ["--samples", "0"], ["--batch", "1"]]
+    "arguments",
+    [
+        ["--rounds", "0"],
+        ["--network", "resnet18"],
+        ["--samples", "0"],
+        ["--batch", "1"],
+        ["--vectors", "6"],
+        ["--tol", "0"],
+    ],
 )
 def test_the_scale_command_refuses(arguments, capsys):
     import curvature_scale

@@ -69,6 +69,7 @@ def test_a_line_has_a_gap_where_there_is_no_value(drawn, tmp_path):
 def test_any_spectrum_has_numbers_on_its_axis(values, drawn, tmp_path):
     spectrum_figure.draw(*report(values), tmp_path / "a.png")
     (axes,) = drawn[0].axes
+    assert axes.get_axisbelow() is True  # no line of the grid cuts through a curve
     low, high = axes.get_xlim()
     shown = [text.get_text() for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
     assert len(shown) >= 3 and all(shown)
