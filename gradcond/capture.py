@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
@@ -127,6 +128,8 @@ class InputCapture(_Hook):
             _hook(output, call)
             return
         for leaf in tree_leaves(output):
+            if isinstance(leaf, PackedSequence):  # to older versions of torch no tree
+                leaf = leaf.data
             if isinstance(leaf, Tensor):
                 _hook(leaf, call)
 

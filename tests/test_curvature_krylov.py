@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import eigh_tridiagonal
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import aslinearoperator
 from scipy.stats import wasserstein_distance
@@ -525,3 +526,18 @@ def test_an_operator_may_return_its_argument(dtype):
     assert eigsh(A, 2).eigenvalues.tolist() == pytest.approx([1, 1])
     assert (spectral_density(A, 3, 2).nodes - 1).abs().max() < 1e-6
     assert condition_number(A).kappa == pytest.approx(1)
+
+
+def test_a_tridiagonal_matrix_on_which_lapack_gives_up_is_taken_another_way(monkeypatch):
+    from gradcond.curvature import lanczos
+
+    def gives_up(alphas, betas, **options):
+        if not options:
+            raise np.linalg.LinAlgError("stemr did not converge")
+        return eigh_tridiagonal(alphas, betas, **options)
+
+    monkeypatch.setattr(lanczos, "eigh_tridiagonal", gives_up)
+    alphas, betas = np.array([3.0, -1.0, 2.0]), np.array([0.5, 1e-300])
+    values, vectors = lanczos.eigh_of(alphas, betas)
+    T = np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1)
+    np.testing.assert_allclose(T @ vectors, vectors * values, atol=1e-14)

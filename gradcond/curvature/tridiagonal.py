@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from gradcond.curvature.lanczos import Lanczos
+from gradcond.curvature.lanczos import Lanczos, eigh_of
 from gradcond.curvature.operators import Products, generator_from
 
 
@@ -31,7 +30,7 @@ class Tridiagonal:
 
     def eigh(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (m,) ascending and eigenvectors (m, m) of T, both float64 on the CPU."""
-        values, vectors = eigh_tridiagonal(self.alphas.numpy(), self.betas.numpy())
+        values, vectors = eigh_of(self.alphas.numpy(), self.betas.numpy())
         return torch.from_numpy(values), torch.from_numpy(vectors)
 
 
