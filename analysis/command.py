@@ -124,7 +124,7 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
 def labels(paths: Sequence[Path], *, suffix: bool = False) -> list[str]:
     """Return the shortest names that tell `paths` apart: the last part, or as many parents as it takes.
 
-    The suffix is kept only when asked for, or when two names would be the same without it.
+    The suffix is kept when asked for, when it holds digits, or when two names would be the same without it.
 
     >>> labels([Path("/a/sgd/last.pt"), Path("/a/bnp/last.pt")])
     ['sgd/last', 'bnp/last']
@@ -132,7 +132,8 @@ def labels(paths: Sequence[Path], *, suffix: bool = False) -> list[str]:
     whole = [path.resolve() for path in paths]
     depth = max(len(path.parts) for path in whole)
     for keep_suffix in (suffix, True):
-        parts = [path.parts if keep_suffix else path.with_suffix("").parts for path in whole]
+        # "lr0.5" has none that could go
+        parts = [p.parts if keep_suffix or not p.suffix[1:].isalpha() else p.with_suffix("").parts for p in whole]
         for length in range(1, depth + 1):
             names = ["/".join(part[-length:]) for part in parts]
             if len(set(names)) == len(set(whole)):

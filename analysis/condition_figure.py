@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condition_table import title
-from drawing import COLORS, legend_below, panels
+from drawing import COLORS, heading, legend_below, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def _draw_panel(axes: Axes, entry: Mapping[str, Any], names: list[str]) -> None:
     axes.set_yticks(range(len(blocks)), [title(block) for block in blocks])
     axes.set_ylim(len(blocks) - 0.5, -0.5)
     axes.set_xlabel("condition number κ" + (f"  ({left} more blocks in condition.json)" if left else ""))
-    axes.set_title(entry["label"])
+    axes.set_title(heading(entry["label"]))
 
 
 def _draw_one(axes: Axes, block: Mapping[str, Any], name: str, height: float, row: int) -> None:

@@ -34,7 +34,16 @@ from condition_table import print_table
 from conditions import Conditions
 from input_correlation import LARGEST, condition, too_wide, watching
 from layer_blocks import LayerBlock, find_blocks
-from matrices import DTYPES, add_options, matrix_at, model_at, parse_options, positive, saved_preconditioner
+from matrices import (
+    DTYPES,
+    add_options,
+    matrix_at,
+    model_at,
+    parse_options,
+    positive,
+    saved_preconditioner,
+    told,
+)
 from problems import Problem, load_problem, to
 from spectra import Numbers
 from spectrum_files import versions
@@ -106,7 +115,7 @@ def analyse_one(
 ) -> Numbers:
     """Return the numbers of one checkpoint, the first of those left."""
     model, factors, notes = prepare(problem, checkpoint, args)
-    matrix, loss = matrix_at(problem, model, data, args)
+    matrix, loss = matrix_at(problem, checkpoint, model, data, args)
     blocks = find_blocks(matrix.model)
     wide = [block.name for block in blocks if block.layer is not None and too_wide(block.layer)]
     if wide:
@@ -177,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_json(path, {"format": FORMAT, "versions": versions(), **report})
         report = read_json(path, FORMAT)  # as a redrawing will see it
     except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from command import InputError, labels, require_folder, write_npz
-from drawing import FORMATS, legend_below, line_style, panels, require_picture
+from drawing import FORMATS, legend_below, line_style, literal, panels, require_picture
 from metrics import QUANTITIES, Curves, load_run
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def draw(drawn: Curves, path: Path) -> None:
     with panels(1, 2, path) as (figure, axes):
         loss, accuracy = axes[0]
         for index, method in enumerate(methods):
-            _draw_band(loss, drawn, method, "train_loss", 1.0, label=method, **line_style(index))
+            _draw_band(loss, drawn, method, "train_loss", 1.0, label=literal(method), **line_style(index))
             _draw_band(accuracy, drawn, method, "train_accuracy", 100.0, **line_style(index))
             test = {**line_style(index), "linewidth": 1.2}
             _draw_line(accuracy, drawn, method, "test_accuracy", 100.0, **test)
@@ -97,7 +97,9 @@ def draw(drawn: Curves, path: Path) -> None:
 def _draw_line(axes: Axes, drawn: Curves, method: str, name: str, scale: float, **options: Any) -> None:
     steps, mean = drawn[f"{method}/steps"], scale * drawn[f"{method}/{name}/mean"]
     known = np.isfinite(mean)
-    axes.plot(steps[known], mean[known], marker="o" if known.sum() == 1 else None, **options)
+    before, after = np.append(False, known[:-1]), np.append(known[1:], False)
+    alone = np.flatnonzero(known & ~before & ~after)  # a line has no place for a single point
+    axes.plot(steps, np.where(known, mean, np.nan), marker="o" if len(alone) else None, markevery=alone, **options)
     if name == "train_loss" and known.any() and not known[-1]:  # the line ends early: say that it does
         axes.plot(steps[known][-1], mean[known][-1], "X", color=options["color"], markersize=11)
 
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_picture(args.out)
         require_folder(args.out.parent)
-        names = labels(args.runs)
+        names = labels(args.runs, suffix=True)
         runs = {name: load_run(folder, smooth=args.smooth) for name, folder in zip(names, args.runs, strict=True)}
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -69,6 +69,16 @@ def line_style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": dashes, "linewidth": 2.0}
 
 
+def literal(name: str) -> str:
+    """Return a name of the user's as it is drawn letter by letter: "$" begins no formula, "_" hides no curve."""
+    return "\u200b" * name.startswith("_") + name.replace("$", r"\$")
+
+
+def heading(name: str, width: int = 32) -> str:
+    """Return `literal(name)` in lines that fit above a panel."""
+    return "\n".join(literal(name[at : at + width]) for at in range(0, len(name), width))
+
+
 def legend_below(figure: Figure, axes: Axes) -> None:
     """Put the legend of `axes` under the panels, where it covers no data, in rows that fit."""
     handles, names = axes.get_legend_handles_labels()

@@ -34,7 +34,16 @@ from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
 from command import InputError, labels, require_folder
-from matrices import DTYPES, add_options, matrix_at, model_at, parse_options, positive, saved_preconditioner
+from matrices import (
+    DTYPES,
+    add_options,
+    matrix_at,
+    model_at,
+    parse_options,
+    positive,
+    saved_preconditioner,
+    told,
+)
 from problems import Problem, load_problem, to
 from spectra import Arrays, Numbers, measure, measure_exact
 from spectrum_figure import draw
@@ -120,7 +129,7 @@ def analyse_one(
 ) -> tuple[Numbers, Arrays]:
     """Return the numbers and arrays of one checkpoint, "VARIANT/NAME"."""
     model, preconditioner, notes = prepare(problem, checkpoint, args)
-    hessian, loss = matrix_at(problem, model, data, args)
+    hessian, loss = matrix_at(problem, checkpoint, model, data, args)
     entry: Numbers = {"parameters": hessian.shape[0], "loss": loss, "notes": notes}
     arrays: Arrays = {}
     unfinished = Unfinished(args.out, "spectrum", before.key, *identity(problem, checkpoint, model, loss, args))
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_folder(args.out)
         report, arrays = read(args.out) if args.redraw else analyse(args)
     except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
@@ -175,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(report["checkpoints"]) > 1:
         draw_trajectory(report, args.out / "trajectory.png")
         print(f"wrote {args.out}/trajectory.png")
+    else:  # one of an earlier run would not be of these checkpoints
+        (args.out / "trajectory.png").unlink(missing_ok=True)
     if not args.redraw:
         forget(args.out, "spectrum")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,14 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
         parser.error("expected CKPT... and --problem FILE.py, or --redraw and neither")
     if not args.redraw and not (args.checkpoints and args.problem):
         parser.error(f"expected {'--problem FILE.py' if args.checkpoints else 'at least one CKPT'} as well")
+    if args.kappa_matvecs < 5:
+        parser.error(f"--kappa-matvecs must be at least 5, got {args.kappa_matvecs}")
     return args
+
+
+def told(error: Exception) -> str:
+    """Return what gradcond.curvature says, and what to do about it in the words of the command line."""
+    return re.sub(r"(call )?model\.eval\(\)( first)?", "leave out --mode train", str(error))
 
 
 def positive(text: str) -> int:
@@ -82,7 +90,9 @@ def saved_preconditioner(model: nn.Module, checkpoint: Checkpoint) -> Any:
         raise InputError(f"{checkpoint.path}, its optimizer's state: {error}") from error
 
 
-def matrix_at(problem: Problem, model: nn.Module, data: Any, args: argparse.Namespace) -> tuple[Any, float]:
+def matrix_at(
+    problem: Problem, checkpoint: Checkpoint, model: nn.Module, data: Any, args: argparse.Namespace
+) -> tuple[Any, float]:
     """Return the operator over the model's parameters, and the loss.
 
     Raises:
@@ -95,5 +105,6 @@ def matrix_at(problem: Problem, model: nn.Module, data: Any, args: argparse.Name
         return operator, float(operator.loss())
     except Exception as error:
         raise InputError(
-            f"the model and the data of {problem.path} do not go together: {type(error).__name__}: {error}"
+            f"the model at {checkpoint.path} and the data of {problem.path} do not go together: "
+            f"{type(error).__name__}: {error}"
         ) from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from drawing import COLORS, legend_below, panels
+from drawing import COLORS, heading, legend_below, panels
 from spectrum_table import VARIANTS, kappa
 
 if TYPE_CHECKING:
@@ -70,18 +70,31 @@ def _average(arrays: Mapping[str, np.ndarray], name: str, edges: np.ndarray) -> 
 
 
 def _scale(axes: Axes, linear: float, edges: np.ndarray, heights: dict[str, np.ndarray], one: float) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     axes.set_xscale("symlog", linthresh=linear)
     axes.set_xlim(edges[0], edges[-1])
-    decades = linear * 10.0 ** np.arange(0, DECADES + 1, 2)
-    axes.xaxis.set_major_locator(FixedLocator([*-decades, 0.0, *decades]))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _set_ticks(axes, linear * 10.0 ** np.arange(DECADES + 1))
     # a bin with less than a part of an eigenvalue is the tail of a kernel
     real = [height[height * np.diff(edges) > 0.1 * one] for height in heights.values()]
     low, high = 0.5 * min(h.min() for h in real), 2 * max(h.max() for h in real)
     axes.set_yscale("log")
     axes.set_ylim(low * (low / high) ** (STRIP / (1 - STRIP)), high)
+
+
+def _set_ticks(axes: Axes, decades: np.ndarray) -> None:
+    """Every other decade; where less than three of them are seen, finer steps."""
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+
+    low, high = axes.get_xlim()
+    for positive in (decades[::2], decades, np.outer(decades, (1, 2, 5)).ravel()):
+        ticks = [tick for tick in (*-positive, 0.0, *positive) if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    else:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if len(positive) > len(decades):  # those between decades are not all named by the scale's own formatter
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _draw_panel(
@@ -117,8 +130,12 @@ def title(entry: Mapping[str, Any]) -> str:
     """Name the checkpoint and its condition numbers; below, how far the largest eigenvalue stands out."""
     shown = [entry[variant] for variant in VARIANTS if variant in entry]
     kappas = " → ".join(kappa(numbers["condition"]) for numbers in shown).replace(">=", "≥")
-    text = f"{entry['label']}:  κ {kappas}"
+    text = f"{heading(entry['label'])}\nκ {kappas}"
     if all(numbers["exact"] for numbers in shown):
-        ratios = " → ".join(f"{numbers['bulk']['ratio']:.3g}" for numbers in shown)
+        ratios = " → ".join(_short(numbers["bulk"]["ratio"]) for numbers in shown)
         text += f"\nlargest λ / median |λ|  {ratios}"
     return text
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from drawing import COLORS, legend_below, panels
+from drawing import COLORS, legend_below, literal, panels
 from spectrum_table import VARIANTS
 
 if TYPE_CHECKING:
@@ -31,11 +31,16 @@ def draw_trajectory(report: Mapping[str, Any], path: Path) -> None:
         _scale_ends(ends)
         ends.set_ylabel("extreme eigenvalues λ")
         kappas.set_yscale("log")
-        kappas.set_ylabel("condition number κ (open: at least)")
+        kappas.set_ylabel("condition number κ")
         every = math.ceil(len(entries) / LABELS)
+        names = [literal(entry["label"]) for entry in entries][::every]
+        # room for long ones, slanted, beside and below both panels
+        room = 0.085 * max(0, *(len(name) - 10 for name in names))
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width + 2 * room, height + room)
         for axes in (ends, kappas):
-            names = [entry["label"] for entry in entries][::every]
             axes.set_xticks(range(0, len(entries), every), names, rotation=45, ha="right", rotation_mode="anchor")
+        ends.plot([], [], "o", color="#555555", markerfacecolor="white", label="κ at least")
         legend_below(figure, ends)
 
 

@@ -145,7 +145,7 @@ def attach(
         optimizer: any torch optimizer over parameters of the model.
         model: the module that holds the layers.
         conditioners: e.g. [BNP()], outermost first.
-        only: takes a module's qualified name and says whether it is conditioned; all are by default.
+        only: takes a layer's name, as the report shows it, and says whether it is conditioned; all are by default.
         process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
             initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
         check_finite: look whether gradients and inputs are finite before anything is changed? None: on the CPU.

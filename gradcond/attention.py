@@ -34,17 +34,26 @@ def _argument(name: str, i: int) -> Callable[..., Tensor | None]:
 def heads_output(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> Tensor | None:
     """The output projection's input, which the module keeps to itself: the product has saved it for backward.
 
-    None where saved tensors are packed away (activation checkpointing would compute the pass again).
+    None where saved tensors are packed away (activation checkpointing would compute the pass again), and where a
+    subclass goes on from that product.
     """
     if torch.compiler.is_compiling() or packs_saved_tensors():
         return None
     node = output[0].grad_fn
     while node is not None and "mm" not in node.name().lower():  # views, a transposition, a cast
         node = next((parent for parent, _ in node.next_functions if parent is not None), None)
-    if node is None:
+    if node is None or _last_factor(node) is not module.out_proj.weight:
         return None
     x: Tensor = node._saved_mat1 if hasattr(node, "_saved_mat1") else node._saved_self
     return x
+
+
+def _last_factor(product: Any) -> Tensor | None:
+    """The parameter that a product's last factor is a view or a cast of."""
+    node = product.next_functions[-1][0]
+    while node is not None and not hasattr(node, "variable"):
+        node = next((parent for parent, _ in node.next_functions), None)
+    return None if node is None else node.variable
 
 
 register_layer(nn.MultiheadAttention, _projections)

@@ -54,8 +54,8 @@ class BNP(Conditioner):
         center: take the means into account.
         standardize: take the variances into account.
         taps: statistics of every tap's own patches, padding included, instead of tied ones per input channel.
-        ghost: take the moments of this many rows (of convolutions: samples) drawn from each call; None, of all.
-            Embeddings and recurrent layers always give all.
+        ghost: take the moments of this many rows (of convolutions: samples) drawn from each call, for which they
+            count; None, of all. Embeddings and recurrent layers always give all.
         every: take moments in every so many steps, the first one included, and use the last ones in between.
 
     Raises:
@@ -259,7 +259,7 @@ class _Whitening(RowMap):
         layer, mean, metric = self.layer, self.mean, self.metric
         if weight.dim() == 2:
             return weight, *self._vectors
-        if len(weight) > 1 or layer.transposed:
+        if weight.dim() > 3 + layer.taps or len(weight) > 1 or layer.transposed:  # several vectors, or groups
             return None, mean, metric
         if layer.taps and mean.numel() < layer.fan_in:
             mean, metric = mean.expand(1, 1, *weight.shape[2:]), metric.expand(1, 1, *weight.shape[2:])

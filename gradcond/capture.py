@@ -27,6 +27,8 @@ from gradcond.statistics import Moments
 __all__ = ["BatchNormProbe", "InputCapture"]
 
 dist = torch.distributed
+# before torch had the first, torch.export alone set the second
+_EXPORTING = "_is_exporting_flag" if hasattr(torch.compiler, "_is_exporting_flag") else "_is_compiling_flag"
 
 
 def _nothing() -> None:
@@ -63,7 +65,9 @@ class InputCapture(_Hook):
         self.may_wait = layer.observe is first_input and type(layer.module) is nn.Linear  # is the input saved?
         self.active = True  # is this step's input looked at?
         self.collected: Moments | None = None  # rows of the gradient that is being accumulated
+        self.again: Moments | None = None  # those that have made an earlier gradient, too: of a graph that was kept
         self.set_aside: Moments | None = None  # rows of gradients before it, since the last step
+        self.gradient = 1  # the number of the one that is being accumulated
         self.traced: Moments | None = None  # rows of compiled calls, whose outputs cannot be hooked
         self.accumulated: tuple[Callable[[], Tensor | None], int] = (_nothing, 0)
         self.shard: Callable[[], Any] = _nothing  # the parameter of FSDP2, which backward passes replace
@@ -144,7 +148,7 @@ class InputCapture(_Hook):
 
     def begin(self) -> None:
         """A backward pass comes: is the gradient that was being accumulated gone?"""
-        if self.collected is None or self.kept_back:
+        if (self.collected is None and self.again is None) or self.kept_back:
             return
         last, version = self.accumulated
         grad: Tensor | None = self.weight.grad
@@ -153,7 +157,7 @@ class InputCapture(_Hook):
         if grad is not None and grad is last() and grad._version == version:
             return
         if grad is None or not bool(local(grad).any()):
-            self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
+            self._set_aside()
 
     def count(self, weight: Tensor) -> None:
         """The calls that this pass has reached have made a gradient: their rows count, each once."""
@@ -162,14 +166,16 @@ class InputCapture(_Hook):
         grad, task = weight.grad, torch._C._current_graph_task_id()
         reached = [call for call in self.reached.values() if call.task == task and call.weight() is weight]
         if not reached and self._is_new(grad):  # of compiled calls, or of none here that had rows
-            self.set_aside, self.collected = _merge(self.set_aside, self.collected), None
+            self._set_aside()
         if self.traced is not None:
             self._collect(self.traced)
             self.traced = None
         for call in reached:
             if not call.counted:
                 self._collect(call.moments)
-            call.counted = True
+            elif call.counted != self.gradient:
+                self.again = _merge(self.again, call.moments)
+            call.counted = self.gradient
             del self.reached[id(call)]
         if grad is not None:
             self.accumulated = weakref.ref(grad), grad._version
@@ -198,9 +204,19 @@ class InputCapture(_Hook):
     def _collect(self, moments: Moments) -> None:
         self.collected = _merge(self.collected, moments)
 
+    def _set_aside(self) -> None:
+        self.set_aside = _merge(self.set_aside, self.collected)
+        self.start()
+
+    def start(self) -> None:
+        """Another gradient begins."""
+        self.collected = self.again = None
+        self.gradient += 1
+
     def ready(self) -> Moments | None:
         """What `take` will return where there was one gradient, of passes that were not compiled; else None."""
-        return self.collected if self.active and self.traced is None and self.set_aside is None else None
+        alone = self.traced is None and self.set_aside is None and self.again is None
+        return self.collected if self.active and alone else None
 
     def take(self) -> Moments | None:
         """The moments of the rows that made the gradient, and a fresh start."""
@@ -209,9 +225,10 @@ class InputCapture(_Hook):
             self._collect(self.traced)
             self._watch(weight)
         moments, self.traced = self.collected, None
-        if self.accumulated[0]() is not weight.grad:  # it was put together by the caller
-            moments = _merge(self.set_aside, moments)
-        self.collected = self.set_aside = None
+        put_together = self.accumulated[0]() is not weight.grad  # by the caller
+        aside = self.set_aside if put_together else None  # the rows that came again are among them
+        moments, self.set_aside = _merge(aside or self.again, moments), None
+        self.start()
         return moments
 
 
@@ -222,7 +239,7 @@ class _Call:
 
     def __init__(self, capture: InputCapture, seen: Moments | Deferred, weight: Tensor) -> None:
         self.capture, self.seen, self.weight = capture.me, seen, weakref.ref(weight)
-        self.counted = False
+        self.counted = 0  # the last gradient that it counted for
         self.task = -1  # the backward pass that has reached it last
 
     def __call__(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
@@ -269,7 +286,7 @@ class _Mark(torch.autograd.Function):
 def _is_traced() -> bool:
     """Is the pass one of torch.export or torch.jit.trace? What they write down is the model alone."""
     # not is_exporting(), which older versions of dynamo take for true in every compiled pass
-    return torch.jit.is_tracing() or getattr(torch.compiler, "_is_exporting_flag", False)
+    return torch.jit.is_tracing() or bool(getattr(torch.compiler, _EXPORTING, False))
 
 
 def _hook(output: Tensor, call: _Call) -> None:
@@ -321,8 +338,8 @@ class BatchNormProbe(_Hook):
         for capture in self.captures:
             output_ref, version = capture.last_output
             last = output_ref()
-            # an in-place activation in between moves the version
-            if last is not None and last is x and last._version == version:
+            # an in-place activation in between moves the version; with more axes, channels are not the units
+            if last is not None and last is x and last._version == version and x.dim() == 2 + capture.layer.taps:
                 capture.feeds_batch_norm = True
 
     def remove(self) -> None:

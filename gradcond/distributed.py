@@ -133,7 +133,7 @@ def _moments(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, so that layers are called the same everywhere; others as they are.
+    """The model inside DistributedDataParallel and torch.compile, so that layers are called the same everywhere.
 
     Raises:
         TypeError: for nn.DataParallel and for the first FullyShardedDataParallel, which hide the layers' weights.
@@ -143,8 +143,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         >>> unwrapped(model) is model
         True
     """
-    if dist.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    parallel = nn.parallel.DistributedDataParallel if dist.is_available() else ()
+    while isinstance(model, parallel) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, parallel) else model._orig_mod  # type: ignore[assignment]
     fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     for module in model.modules():
         if isinstance(module, nn.DataParallel):

@@ -24,7 +24,7 @@ from gradcond.plan import Plan
 from gradcond.preconditioner import Preconditioner
 from gradcond.screening import Screening
 from gradcond.shards import local, local_state, moving, shown
-from gradcond.states import State, check_saved, copied, kept, loaded_states, saved_state
+from gradcond.states import State, as_trained, check_saved, copied, kept, loaded_states, saved_state
 from gradcond.statistics import Moments
 from gradcond.together import Together
 
@@ -300,8 +300,8 @@ class Engine:
         """The M of the last step, or what the chain gives before the first one."""
         blocks = []
         for a in self.assignments(groups):
-            states = {i: copied(self.states[i].get(a.layer.name, {})) for i in a.members}
-            row_map = compose([self.chain[i].row_map(shown(a.layer), state) for i, state in states.items()])
+            last = {i: as_trained(self.states[i].get(a.layer.name, {}), bool(a.biases)) for i in a.members}
+            row_map = compose([self.chain[i].row_map(shown(a.layer), copied(state)) for i, state in last.items()])
             if row_map is not None:
                 blocks.append((a.layer, row_map, bool(a.biases)))
         return Preconditioner(self.model, blocks)

@@ -28,7 +28,7 @@ def unit_variance_init_(model: nn.Module, batch: Any) -> dict[str, float]:
     The output is linear in (W, b), so one pass makes every variance exactly one; dividing W alone, as in the
     paper, where biases are zero, would leave it off one. Afterwards activations neither vanish nor explode with
     depth, which is what a conditioner of gradients cannot mend. A layer that is called several times is scaled
-    by its first call. Layers that share a weight, or have a frozen weight or bias, keep theirs.
+    by its first call. Layers that share or compute a weight, or have a frozen weight or bias, keep theirs.
 
     The model runs in eval mode and without grad; its modes, buffers, gradients and the random state are left as
     they were. Before DistributedDataParallel, torch.compile or sharding, not after.
@@ -157,6 +157,8 @@ def _deviation(output: Tensor) -> tuple[float, float]:
     """The standard deviation of all entries, and what rounding alone can make of a constant."""
     if output.numel() == 0:
         return 0.0, 0.0
+    if output.is_nested:  # padded sequences, in a transformer's eval mode
+        output = torch.cat(output.unbind())
     x = output.to(torch.promote_types(output.dtype, torch.float32))
     largest = x.abs().max()
     deviation = largest * (x / largest).std(correction=0)  # relative to the largest: squares cannot overflow

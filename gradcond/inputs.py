@@ -51,8 +51,10 @@ class Observer:
         else:
             with torch.no_grad():
                 x = layer.observe(layer.module, args, kwargs, output)
-        if x is None or isinstance(x, Moments):
-            return x
+        if x is None:
+            return None
+        if isinstance(x, Moments):
+            return _fitting(layer, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"expected observe of layer {layer.name!r} to return a tensor, got {type(x).__name__}")
         sequences = x.size(0) if x.is_nested else 0
@@ -77,10 +79,10 @@ class Observer:
         samples = sequences or (x.shape[0] if axis > 0 else 1)
         if self.ghost is not None and axis > 0:
             x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)
-            count = min(count, x.numel() // x.shape[layer.channel_axis(x)])
-        if self.taps and layer.convolution and not meets_all(layer):
+        if self.taps and has_positions and layer.convolution and not meets_all(layer):
             seen = count if layer.transposed else rows  # how much they weigh beside other calls': patches
-            return Moments(seen, samples, rows, *(moment.flatten() for moment in patch_moments(layer, x)))
+            found = patch_moments(layer, x, output.shape[-layer.taps :])
+            return Moments(seen, samples, rows, *(moment.flatten() for moment in found))
         mean, variance = self._channel_moments(x, layer.channel_axis(x))
         if self.taps and layer.kernel_size > 1:  # no convolution: which positions its taps meet is not known
             mean, variance = (moment.repeat_interleave(layer.kernel_size) for moment in (mean, variance))
@@ -148,6 +150,17 @@ def packs_saved_tensors() -> bool:
             return False
     except RuntimeError:
         return True
+
+
+def _fitting(layer: Layer, moments: Moments) -> Moments:
+    """Moments that an adapter gives, if they are of the layer's inputs."""
+    shapes = tuple(moments.mean.shape), tuple(moments.variance.shape)
+    if shapes[0] != shapes[1] or shapes[0] not in ((layer.inputs,), (layer.inputs * layer.kernel_size,)):
+        raise ValueError(
+            f"expected moments of {layer.inputs} numbers for layer {layer.name!r}, one per input, got mean "
+            f"{shapes[0]} and variance {shapes[1]}; let its adapter's observe= give those of the whole input"
+        )
+    return moments
 
 
 def _frequencies(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:

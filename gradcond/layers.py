@@ -54,7 +54,8 @@ class Layer:
             first argument by default.
         span: the rows (start, stop) of the weight and bias that are the layer's; all by default, and where a
             parameter has no more.
-        transposed: is the weight (in, out / groups, *taps) instead of (out, in / groups, *taps)?
+        transposed: is the weight, whole and the only one, (in, out / groups, *taps) instead of
+            (out, in / groups, *taps)?
         groups: of a grouped convolution inside the module.
         one_hot: are the inputs indices?
 
@@ -110,6 +111,12 @@ class Layer:
             raise ValueError(
                 f"expected {type(module).__name__}.{self.weight_names[0]} to be a weight of two axes or more, got "
                 f"{'none' if shape is None else f'shape {tuple(shape)}'}; name the parameter by weight="
+            )
+        if self.transposed and (span is not None or len(self.weight_names) > 1):
+            why = "several weights are joined" if span is None else "span= takes rows of it"
+            raise ValueError(
+                f"expected {type(module).__name__}.{self.weight_names[0]} to be (out, in), since {why}, got "
+                "transposed=True; make layers of whole transposed weights"
             )
         first, second, *kernel = shape
         if span is not None:

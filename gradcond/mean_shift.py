@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gradcond.centralization import unmovable
 from gradcond.conditioner import Conditioner, RowMap, SymmetricMap
-from gradcond.layers import Layer, Rows, find_layers
+from gradcond.layers import Layer, Rows, find_layers, has_lazy
 
 __all__ = ["MeanShiftRejection", "zero_mean_init_"]
 
@@ -116,7 +117,8 @@ def zero_mean_init_(model: nn.Module, norm: float = 1.0, *, generator: torch.Gen
 
     Weights are drawn from U(-1, 1); each kernel's mean over its taps is subtracted (the mean over the inputs
     where kernels have one tap, Linear included); each output unit's row is scaled to the Euclidean norm; biases
-    are zero. Rows of a single weight have no mean to give up and are only scaled.
+    are zero. Rows of a single weight have no mean to give up and are only scaled. Embeddings, recurrent layers
+    and weights that are shared or computed stay as they are.
 
     Args:
         model: changed in place.
@@ -124,7 +126,7 @@ def zero_mean_init_(model: nn.Module, norm: float = 1.0, *, generator: torch.Gen
         generator: of the random numbers; the global one by default, as in torch.nn.init.
 
     Raises:
-        ValueError: for a norm that is not positive.
+        ValueError: for a norm that is not positive, and for lazy modules without a shape.
 
     References:
         Ruff, Beck, Bach, 2019, https://arxiv.org/abs/1911.13173; after the authors' public code.
@@ -139,8 +141,12 @@ def zero_mean_init_(model: nn.Module, norm: float = 1.0, *, generator: torch.Gen
     """
     if not norm > 0:
         raise ValueError(f"zero_mean_init_: norm must be positive, got {norm}")
+    if has_lazy(model):
+        raise ValueError(
+            "zero_mean_init_: expected modules that have their shapes, got a lazy one; run the model once first"
+        )
     for layer in find_layers(model).values():
-        if layer.one_hot or len(layer.weight_names) > 1:
+        if unmovable(layer):
             continue
         weight = layer.weight.uniform_(-1, 1, generator=generator)
         rows = layer.rows(weight, None).weight

@@ -175,7 +175,7 @@ def wrap(
         optimizer: any torch optimizer over parameters of the model; use the returned one in its place.
         model: the module that holds the layers.
         conditioners: e.g. [BNP()]; may be empty.
-        only: takes a module's qualified name and says whether it is conditioned; all are by default. A
+        only: takes a layer's name, as the report shows it, and says whether it is conditioned; by default, all. A
             parameter group with `gradcond=False` is left alone, too.
         process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
             initialized; a group; False, this one alone. Every rank of it must step, with rows or without.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def meets_all(layer: Layer) -> bool:
 
 
 @torch.no_grad()
-def patch_moments(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+def patch_moments(layer: Layer, x: Tensor, outputs: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the columns of a convolution's unfolded input.
 
     Positions are brought together over the batch first, so that no patch is ever written out. A transposed
@@ -35,13 +36,14 @@ def patch_moments(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         layer: a convolution, transposed or not.
         x: (batch, inputs, *positions), or without the batch axis.
+        outputs: the output's positions along each axis.
 
     Returns:
         Two tensors (inputs, *kernel), in float32 or better.
 
     Example:
         >>> layer = Layer("", torch.nn.Conv1d(1, 1, 3, padding=1))
-        >>> patch_moments(layer, torch.tensor([[3.0, 3.0, 3.0]]))[0]  # the outer taps meet a zero once
+        >>> patch_moments(layer, torch.tensor([[3.0, 3.0, 3.0]]), [3])[0]  # the outer taps meet a zero once
         tensor([[2., 3., 2.]])
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -52,7 +54,7 @@ def patch_moments(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = (_padded(module, t) for t in (mean, variance))
     result = mean.new_empty(2, len(mean), layer.kernel_size)
     for index, tap in enumerate(itertools.product(*(range(k) for k in layer.kernel))):
-        place = slice(None), *(_met(module, layer.transposed, d, t, mean.shape[1 + d]) for d, t in enumerate(tap))
+        place = slice(None), *(_met(module, layer.transposed, d, t, outputs[d]) for d, t in enumerate(tap))
         met = mean[place].flatten(1)
         n = max(met.shape[1], 1)  # a tap may meet nothing
         average = met.sum(1) / n
@@ -68,15 +70,11 @@ def _padded(module: torch.nn.Conv2d, positions: Tensor) -> Tensor:
     return functional.pad(positions[None], padding, mode=_MODES[module.padding_mode])[0]
 
 
-def _met(module: torch.nn.Conv2d, transposed: bool, axis: int, tap: int, size: int) -> slice:
+def _met(module: torch.nn.Conv2d, transposed: bool, axis: int, tap: int, outputs: int) -> slice:
     """The input positions along an axis that a tap meets."""
     stride, dilation = module.stride[axis], module.dilation[axis]
-    kernel = module.kernel_size[axis]
     if not transposed:
-        outputs = (size - dilation * (kernel - 1) - 1) // stride + 1
         return slice(tap * dilation, tap * dilation + (outputs - 1) * stride + 1, stride)
     # input i gives output i * stride + tap * dilation - padding, which must be in 0..outputs-1
-    padding = int(module.padding[axis])
-    outputs = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + module.output_padding[axis] + 1
-    offset = padding - tap * dilation
-    return slice(max(0, -(-offset // stride)), max(0, min(size, (outputs - 1 + offset) // stride + 1)))
+    offset = int(module.padding[axis]) - tap * dilation
+    return slice(max(0, -(-offset // stride)), max(0, (outputs - 1 + offset) // stride + 1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradcond.conditioner import Conditioner, RowMap, compose, map_
 from gradcond.layers import Layer, find_layers
 from gradcond.shards import shown
-from gradcond.states import check_states
+from gradcond.states import as_trained, check_states
 
 __all__ = ["Preconditioner", "load_preconditioner"]
 
@@ -126,7 +126,10 @@ def load_preconditioner(model: nn.Module, state: Mapping[str, Any]) -> Precondit
     for name, has_bias in state["layers"].items():
         states = [entry["layers"].get(name) for entry in state["chain"]]
         layer = shown(layers[name])
-        maps = [None if s is None else c.row_map(layer, s) for c, s in zip(chain, states, strict=True)]
+        maps = [
+            None if state is None else c.row_map(layer, as_trained(state, has_bias))
+            for c, state in zip(chain, states, strict=True)
+        ]
         row_map = compose(maps)
         if row_map is not None:
             blocks.append((layers[name], row_map, has_bias))

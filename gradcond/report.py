@@ -10,7 +10,7 @@ from torch import nn
 
 from gradcond.assignment import Assignment, held_parameters, trained
 from gradcond.engine import Engine
-from gradcond.layers import Layer, layers_of, owners
+from gradcond.layers import Layer, find_layers, layers_of, owners
 
 __all__ = ["Report"]
 
@@ -70,7 +70,7 @@ def make_report(engine: Engine, groups: Iterable[Mapping[str, Any]]) -> Report:
         elif id(parameter) not in held:
             left_alone[full_name] = "its parameter group says gradcond=False"
         elif not (layers := holders.get(id(parameter), [])):
-            left_alone[full_name] = _why_no_layer(module, parameter)
+            left_alone[full_name] = _why_no_layer(engine.model, module, parameter)
         elif any(_is_taken(parameter, assigned[layer.name], engine) for layer in layers if layer.name in assigned):
             continue
         elif any(layer.name in assigned for layer in layers):
@@ -91,10 +91,17 @@ def _is_taken(parameter: nn.Parameter, assignment: Assignment, engine: Engine) -
     return any(engine.chain[i].acts_on_bias for i in assignment.members)
 
 
-def _why_no_layer(module: nn.Module, parameter: nn.Parameter) -> str:
+def _why_no_layer(model: nn.Module, module: nn.Module, parameter: nn.Parameter) -> str:
     layers = layers_of(module)
     if isinstance(layers, str):
         return layers
-    if any(parameter is own for layer in layers for own in layer.weights + layer.biases):
-        return "it is shared by several modules"
-    return f"it is in no row of {type(module).__name__}"
+    if not _is_in(layers, parameter):
+        return f"it is in no row of {type(module).__name__}"
+    if _is_in(find_layers(model).values(), parameter):
+        return "its module came after the optimizer was wrapped; wrap it anew"
+    shared = sum(parameter is other for *_, other in owners(model)) > 1
+    return f"{'it' if shared else 'a parameter beside it'} is shared by several modules"
+
+
+def _is_in(layers: Iterable[Layer], parameter: nn.Parameter) -> bool:
+    return any(parameter is own for layer in layers for own in layer.weights + layer.biases)

@@ -30,7 +30,7 @@ class WeightStandardization(Conditioner):
     of one or two weights, on which the manifold has no tangent, are left alone.
 
     Args:
-        eps: added to s in M, only there.
+        eps: added to s in M; a layer with a row of no larger deviation is left alone.
         gain: the deviation that all rows are given at the first step; None keeps each row's own.
 
     Raises:
@@ -65,7 +65,7 @@ class WeightStandardization(Conditioner):
         if layer.fan_in < 3:
             return "rows of one or two weights have no tangent: standardized, they would be frozen"
         if bool((_deviation(layer) <= self.eps).any()):
-            return "it has constant rows, which have no deviation to keep"
+            return f"it has constant rows, whose deviation is at most eps={self.eps:g}"
         return None
 
     def row_map(self, layer: Layer, state: dict[str, Any]) -> RowMap:

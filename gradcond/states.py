@@ -12,7 +12,7 @@ from gradcond.assignment import Assignment
 from gradcond.conditioner import Conditioner
 from gradcond.layers import Layer
 
-__all__ = ["State", "check_saved", "check_states", "copied", "kept", "loaded_states", "saved_state"]
+__all__ = ["State", "as_trained", "check_saved", "check_states", "copied", "kept", "loaded_states", "saved_state"]
 
 State = dict[str, dict[str, Any]]  # of one conditioner: layer name -> its tensors and numbers
 
@@ -30,6 +30,11 @@ def copied(state: Mapping[str, Any], device: torch.device | None = None) -> dict
 def kept(state: Mapping[str, Any]) -> dict[str, Any]:
     """One layer's state without what can be computed again."""
     return {k: v for k, v in state.items() if not k.startswith("_")}
+
+
+def as_trained(state: Mapping[str, Any], has_bias: bool) -> dict[str, Any]:
+    """One layer's state without its bias, if that has been frozen since the last step."""
+    return {**state, "has_bias": False} if state.get("has_bias") and not has_bias else dict(state)
 
 
 def saved_state(

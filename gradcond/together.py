@@ -87,7 +87,7 @@ class Together:
                 g.mul_(factor.mT)
                 h.mul_(factor[0])
         for (name, _, capture), (g, _) in zip(self.rows, gradients, strict=True):
-            capture.collected = None
+            capture.start()
             conditioned.note(name, g)
         return True
 

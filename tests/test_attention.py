@@ -149,6 +149,23 @@ def test_a_frozen_output_projection_leaves_the_others_conditioned():
     check(module, lambda: module(q, k, v)[0].pow(3).mean(), rows)
 
 
+class Residual(nn.MultiheadAttention):
+    def forward(self, query, key, value):
+        y, weights = super().forward(query, key, value)
+        return query + y, weights
+
+
+def test_of_a_subclass_that_goes_on_the_output_projection_goes_through_as_it_is():
+    model = nn.ModuleList([nn.Linear(4, 4), Residual(4, 2)])  # the way back from the sum leads to the Linear
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+    x = model[0](torch.randn(3, 4, 4))
+    model[1](x, x, x)[0].pow(3).mean().backward()
+    with pytest.warns(UserWarning, match=r"layer '1.out_proj' has a gradient, but none of its inputs were seen"):
+        optimizer.step()
+    found = optimizer.report().conditioned
+    assert [name for name, (text,) in found.items() if "1 step" in text] == ["0", "1.query", "1.key", "1.value"]
+
+
 def test_under_activation_checkpointing_the_output_projection_goes_through_as_it_is():
     module = build(batch_first=True)
     q, k, v = inputs(module)

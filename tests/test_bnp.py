@@ -218,6 +218,14 @@ def test_the_plain_form_is_used_where_batch_norm_follows_directly_and_only_there
         assert_close(block.diagonal(), 1 / damped)  # 18 inputs a row, 36 rows: q = 1
 
 
+def test_batch_norm_over_another_axis_than_the_units_is_not_one_that_follows():
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(3))  # its channels are the positions
+    optimizer = wrapped(model, [BNP()])
+    backward(model, torch.randn(6, 3, 4))
+    optimizer.step()
+    assert optimizer.report().conditioned == {"0": ["BNP (bias-free, rank one, 1 step)"]}
+
+
 @pytest.mark.parametrize("late", ["unfrozen", "skipped"])
 def test_batch_norm_is_found_behind_a_layer_that_joins_later(late):
     model = nn.Sequential(

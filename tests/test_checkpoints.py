@@ -267,6 +267,8 @@ def test_json_is_strict_and_labels_are_short():
     assert labels([Path("runs/a/last.pt")]) == ["last"]
     assert labels([Path("a/step1.pt"), Path("a/step2.pt")]) == ["step1", "step2"]
     assert labels([Path("a/last.pt"), Path("a/last.pth")]) == ["last.pt", "last.pth"]
+    assert labels([Path("a/ck-0.5"), Path("a/ck-1.25")]) == ["ck-0.5", "ck-1.25"]
+    assert labels([Path("runs/bnp.old"), Path("runs/sgd.new")], suffix=True) == ["bnp.old", "sgd.new"]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -81,6 +81,14 @@ def test_composition_is_that_of_the_dense_matrices(of_operators, of_matrices):
     assert_close(torch.from_numpy(C.to_scipy() @ V.numpy()), c @ V, **tolerance)
 
 
+def test_scipy_gets_products_with_any_of_its_vectors():
+    a = symmetric(0)
+    A, V = Hidden(a).to_scipy(), np.random.default_rng(0).standard_normal((N, 3))
+    V.setflags(write=False)
+    for own in (V, V[::-1], V[:, ::-1], np.asfortranarray(V), V[:, 0], V - 2j * V[::-1]):
+        np.testing.assert_allclose(A @ own, a.numpy() @ own, rtol=0, atol=1e-14 * float(a.norm()) * N)
+
+
 def test_what_occurs_twice_is_multiplied_once():
     A, B = Hidden(symmetric(0)), Hidden(symmetric(1))
     C = 2 * (A + B) - (A.shift(1.0) - B) / 2

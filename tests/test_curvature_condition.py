@@ -74,6 +74,25 @@ def test_rounding_on_its_way_to_zero_does_not_put_off_the_answer():
     assert c.resolved and c.kappa == pytest.approx(1e3, rel=1e-3)
 
 
+def test_nothing_is_resolved_while_something_smaller_has_not_converged():
+    # of 60 eigenvalues some are next to the floor of float32, where the space ends before they converge
+    for seed in range(40):
+        values = 10 ** (-7 * torch.rand(60, generator=torch.Generator().manual_seed(seed)))
+        c = condition_number(matrix(values, seed).to(torch.float32), tol=1e-4, seed=seed)
+        assert c.converged or not c.resolved
+
+
+@pytest.mark.parametrize("noise", [1e-5, 1e-4])
+def test_bounds_hold_where_products_are_noisy(noise):
+    for seed in range(20):
+        A = matrix(torch.cat([torch.ones(10), torch.full((10,), 1e-3)]), seed)
+        E = torch.randn(A.shape, generator=torch.Generator().manual_seed(seed)) * noise / 20**0.5
+        c = condition_number(Hidden((A + E - E.mT).to(torch.float32)), seed=seed)
+        assert noise < c.noise_floor < 10 * noise
+        assert 100 < c.kappa_lower_bound <= 1000 * (1 + 1e-6)
+        assert c.lower_bounds[-1] <= 1000 * (1 + 1e-6)
+
+
 def test_what_has_vanished_from_an_indefinite_matrix_may_come_back():
     # a Ritz value jumps to 0.01 and away before that of the smallest, 0.025, comes up after four more products
     eigenvalues = random_spectrum(np.random.default_rng(926))

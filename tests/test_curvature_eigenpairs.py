@@ -354,6 +354,14 @@ def test_a_short_basis_that_runs_out_of_products_says_so():
     assert not pairs.converged.all() and pairs.num_matvecs <= 40
 
 
+@pytest.mark.parametrize("bounds", [{"max_vectors": 6}, {"max_matvecs": 24}])
+def test_a_search_for_copies_that_ends_early_says_so(bounds):
+    A = matrix(torch.arange(1.0, 31.0).repeat_interleave(2))
+    with pytest.warns(UserWarning, match="copies of the 4 eigenvalues found are not ruled out"):
+        pairs = eigsh(A, 4, tol=0.03, **bounds)
+    assert pairs.converged.all()
+
+
 def test_bfloat16_operators():
     class Half(Diagonal):
         def _columns(self, V):
@@ -366,6 +374,7 @@ def test_bfloat16_operators():
 
 
 REFUSED = {
+    "tolerance": ({"tol": float("nan")}, ValueError, "tol must not be negative, got nan"),
     "block": ({"block": 0}, ValueError, "block must be at least 1, got 0"),
     "vectors": ({"max_vectors": 3}, ValueError, "max_vectors must be at least 4, k \\+ 2 block, got 3"),
     "rows": ({"start": torch.ones(4, 2)}, ValueError, r"shape \(9, j\), got \(4, 2\)"),

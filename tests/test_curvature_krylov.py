@@ -459,6 +459,8 @@ REFUSED = {
     "log grid": (lambda A: spectral_density(A - 2 * torch.eye(5), grid="log"), "symlog"),
     "short grid": (lambda A: spectral_density(A, grid=torch.linspace(0.5, 2, 9)), "covers all nodes"),
     "unsorted grid": (lambda A: spectral_density(A, grid=torch.tensor([2.0, 0.0])), "ascending"),
+    "endless grid": (lambda A: spectral_density(A, grid=torch.tensor([-torch.inf, torch.inf])), "finite"),
+    "tolerance": (lambda A: condition_number(A, tol=-1e-2), "tol must not be negative, got -0.01"),
     "products": (lambda A: trace(A, 0), "at least 1"),
     "quantile": (lambda A: spectral_density(A).quantile(2), r"\[0, 1\]"),
     "small budget": (lambda A: condition_number(A, max_matvecs=4), "at least 5"),
@@ -470,6 +472,27 @@ def test_refused(name):
     call, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         call(torch.diag(torch.linspace(0, 1, 5)))
+
+
+class Returns:
+    """An operator whose products are what a function makes of the vectors."""
+
+    shape, dtype, device = (9, 9), torch.float64, torch.device("cpu")
+
+    def __init__(self, function):
+        self.function = function
+
+    def __matmul__(self, v):
+        return self.function(v)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_products_are_of_the_shape_of_the_vectors_and_need_no_gradient(name):
+    entries = torch.linspace(1, 2, 9).requires_grad_()
+    FUNCTIONS[name](Returns(lambda v: torch.einsum("i,i...->i...", entries, v)))
+    for function, got in ((lambda v: v[:-1], r"shape \(8"), (lambda v: v.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=rf"product that is a tensor of shape \(9.*, got {got}"):
+            FUNCTIONS[name](Returns(function))
 
 
 def test_same_seed_same_answer():

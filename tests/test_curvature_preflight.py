@@ -34,6 +34,20 @@ def test_what_it_tells_of_a_known_matrix():
     assert "repeatable to 0.0e+00" in lines[0] and lines[1].startswith("30 products of") and "12 kB" in lines[1]
 
 
+class Random:
+    """An operator whose products are noisy, and that cannot tell."""
+
+    shape, dtype, device = (50, 50), torch.float64, torch.device("cpu")
+
+    def __matmul__(self, v: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(1, 2, 50) * v + 1e-7 * torch.randn(50)
+
+
+def test_the_noise_of_any_operator_is_measured():
+    found = preflight(Random())
+    assert found.cost == 5 and 1e-8 < found.noise < 1e-5
+
+
 def test_a_basis_is_no_larger_than_the_space():
     assert preflight(torch.eye(4), num_matvecs=100).basis_bytes == 4 * 4 * 8
 

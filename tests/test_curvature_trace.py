@@ -206,6 +206,18 @@ def test_multiples_of_the_identity(eigenvalue, method, quantity):
     assert torch.isfinite(found.estimate).all()
 
 
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_probes_that_add_nothing_are_no_trouble_at_any_default(quantity, default):
+    estimator = QUANTITIES[quantity][0]
+    A, zero = 1e-30 * matrix(torch.linspace(1, 2, 6)), torch.zeros(6, 6)
+    torch.set_default_dtype(default)  # undone by the fixture
+    assert not estimator(zero, 4, method="xtrace").estimate.any()
+    for seed in range(40):  # of two probes of six signs some are the same
+        found = estimator(A, 4, seed, method="xtrace")
+        assert found.estimate.isfinite().all() and found.std_error.isfinite().all()
+
+
 def test_scaling_scales():
     A = matrix(SPECTRA["decaying"])
     for estimator, _ in QUANTITIES.values():

@@ -163,6 +163,8 @@ def test_several_checkpoints_make_a_trajectory(folder, capsys):
         report["checkpoints"].append(entry)
     draw_trajectory(report, folder / "many.png")
     assert (folder / "many.png").stat().st_size > 10_000
+    assert main(command(folder)) == 0  # of one checkpoint, into the same folder
+    assert not picture.exists()
 
 
 def test_the_same_run_gives_the_same_files(folder):
@@ -258,6 +260,11 @@ def bare(folder: Path) -> None:
     torch.save(torch.load(folder / "step9.pt", weights_only=True)["model"], folder / "step9.pt")
 
 
+def diverge(folder: Path) -> None:
+    weights = torch.load(folder / "step9.pt", weights_only=True)["model"]
+    torch.save({name: weight * torch.nan for name, weight in weights.items()}, folder / "step9.pt")
+
+
 def delete(name: str):
     return lambda folder: (folder / name).unlink()
 
@@ -280,12 +287,13 @@ BAD = {
     ),
     "other data": (replace_text("12, 4", "12, 5"), [], ["do not go together", "RuntimeError"]),
     "not finite": (replace_text(" + 1", " / 0"), [], ["finite loss", "batch 0"]),
+    "diverged": (diverge, [], ["the model at", "step9.pt", "finite loss", "nan"]),
     "dropout, all eigenvalues": (
         lambda folder: None,
         ["--mode", "train", "--exact-below", "99"],
-        ["dropout is active", "'1'"],
+        ["dropout is active", "'1'", "leave out --mode train"],
     ),
-    "dropout": (lambda folder: None, ["--mode", "train"], ["dropout is active", "'1'"]),
+    "dropout": (lambda folder: None, ["--mode", "train"], ["dropout is active", "'1'", "leave out --mode train"]),
     "no optimizer": (bare, ["--preconditioned"], ["step9.pt holds none", "leave the option out"]),
     "no gradcond": (forget("gradcond"), ["--preconditioned"], ["step9.pt", "'gradcond'", "wrap"]),
     "out is a file": (block, [], ["is a file; name another folder"]),
@@ -337,6 +345,7 @@ BAD_OPTIONS = {
     "no checkpoint": (["--problem", "p.py"], "at least one CKPT as well"),
     "both": (["a.pt", "--problem", "p.py", "--redraw"], "--redraw and neither"),
     "zero": (["a.pt", "--problem", "p.py", "--top", "0"], "must be at least 1, got 0"),
+    "few": (["a.pt", "--problem", "p.py", "--kappa-matvecs", "4"], "must be at least 5, got 4"),
     "device": (["a.pt", "--problem", "p.py", "--device", "abacus"], "--device"),
 }
 

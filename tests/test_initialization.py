@@ -197,6 +197,19 @@ def test_batches_of_several_inputs(kind):
         assert_close(output.var(correction=0), torch.tensor(1.0))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padding_of_a_transformer_does_not_count():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
+    x, padded = torch.randn(3, 5, 4), torch.arange(5) >= torch.tensor([[3], [5], [1]])
+    outputs = []
+    unit_variance_init_(model, {"src": x, "src_key_padding_mask": padded})  # in eval mode it packs the sequences
+    model.eval().layers[0].linear1.register_forward_hook(lambda m, args, y: outputs.append(torch.cat(y.unbind())))
+    with torch.no_grad():
+        model(x, src_key_padding_mask=padded)
+    assert outputs[0].shape == (9, 8)
+    assert_close(outputs[0].var(correction=0), torch.tensor(1.0))
+
+
 def test_frozen_and_tied_layers_keep_their_weights():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].weight.requires_grad_(False)

@@ -30,6 +30,7 @@ def test_m_is_linear_symmetric_semidefinite_and_the_square_of_its_factor(chain, 
     tolerance = dict(rtol=1e-12, atol=1e-13 * dense.abs().max().item())
     g = torch.randn(n, 3)
     assert_close(m.apply(g), dense @ g, **tolerance)  # linear, in (n, k) form
+    assert_close(m.apply(g[:, :1]), dense @ g[:, :1], **tolerance)  # k = 1 included
     assert_close(m @ g[:, 0], dense @ g[:, 0], **tolerance)  # and in (n,) form
     assert_close(dense, dense.mT, **tolerance)
     assert_close(m.factor_transpose(eye), factor.mT, **tolerance)

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import gradcond
 from gradcond import BNP, Layer, register_layer
 from gradcond.layers import _adapters, find_layers
+from gradcond.statistics import Moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 sweep = settings(max_examples=80, deadline=None, derandomize=True)
@@ -258,6 +259,25 @@ ADAPTERS = {
         dict(weight="kernel", transposed=True, observe=lambda *call: call[-1]),
         ValueError,
         "to have 4 numbers along axis 1",
+    ),
+    "rows of one that is transposed": (
+        dict(weight="kernel", transposed=True, span=(0, 2), observe=seen),
+        ValueError,
+        r"Transposed.kernel to be \(out, in\), since span= takes rows of it, got transposed=True",
+    ),
+    "several that are transposed": (
+        dict(weight=("kernel", "kernel"), transposed=True, observe=seen),
+        ValueError,
+        r"to be \(out, in\), since several weights are joined",
+    ),
+    "moments of others": (
+        dict(
+            weight="kernel",
+            transposed=True,
+            observe=lambda *call: Moments(6, 6, 6, torch.zeros(3), torch.ones(3)),
+        ),
+        ValueError,
+        r"moments of 4 numbers for layer '0', one per input, got mean \(3,\) and variance \(3,\)",
     ),
     "no tensor": (
         dict(weight="kernel", transposed=True, observe=lambda *call: [1.0]),

@@ -1,5 +1,7 @@
 """Mean-shift rejection: eigenvalues, the two published forms, its initialization, what it does to patches."""
 
+import copy
+
 import pytest
 import torch
 from cases import LAYERS, backward, build, wrapped
@@ -98,6 +100,18 @@ def test_zero_mean_init_takes_a_generator_and_refuses_a_bad_norm():
     with pytest.raises(ValueError, match="norm must be positive, got -1"):
         zero_mean_init_(a, norm=-1)
     assert torch.equal(a.weight, b.weight)
+
+
+def test_zero_mean_init_leaves_recurrent_layers_and_embeddings_and_refuses_lazy_ones():
+    model = nn.ModuleList([nn.GRU(3, 4), nn.LSTM(3, 4), nn.Embedding(3, 4), nn.Linear(3, 4)])
+    before = copy.deepcopy(model)
+    zero_mean_init_(model)
+    same = {n: torch.equal(p, q) for (n, p), q in zip(model.named_parameters(), before.parameters(), strict=True)}
+    assert [name for name in same if not same[name]] == ["3.weight", "3.bias"]
+    weight = model[3].weight.clone()
+    with pytest.raises(ValueError, match="expected modules that have their shapes, got a lazy one"):
+        zero_mean_init_(nn.Sequential(model[3], nn.LazyLinear(2)))
+    assert torch.equal(model[3].weight, weight)
 
 
 def test_a_rejection_out_of_range_is_refused():

@@ -16,7 +16,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.testing import assert_close
 
 import gradcond
-from gradcond import BNP, GradientCentralization, MeanShiftRejection, RateDamping, WeightStandardization, wrap
+from gradcond import (
+    BNP,
+    GradientCentralization,
+    MeanShiftRejection,
+    NormClipping,
+    RateDamping,
+    WeightStandardization,
+    wrap,
+)
 
 
 def network(seed=0):
@@ -107,6 +115,31 @@ def test_rows_that_are_backpropagated_twice_count_once():
     loss.backward()
     optimizer.step()
     assert optimizer._engine.states[0]["0"]["rows"] == 6
+
+
+@pytest.mark.parametrize("how", ["thrown away", "added", "put together", "of the step before"])
+@pytest.mark.parametrize("chain", [[BNP(decay=0.0)], [BNP(decay=0.0), NormClipping()]], ids=len)
+def test_rows_of_a_graph_that_is_kept_make_its_next_gradient_too(how, chain):
+    model, x = build("linear", True)
+    optimizer = wrapped(model, chain, lr=0.0)
+    y = model(x)
+    for _ in range(2 if how == "of the step before" else 1):  # the second one may be taken at one go
+        y[:, 0].sum().backward(retain_graph=True)
+        if how == "of the step before":
+            optimizer.step()
+    first = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    model(10 * x[:1]).sum().backward()  # another pass, of a gradient that nobody wants
+    optimizer.zero_grad(set_to_none=False)
+    (y[:, 1] ** 2).sum().backward()
+    if how in ("added", "put together"):
+        for p, g in zip(model.parameters(), first, strict=True):
+            p.grad = p.grad.add_(g) if how == "added" else p.grad + g
+    optimizer.step()
+    rows = torch.cat([x, 10 * x[:1]]) if how == "put together" else x  # of all gradients that may be in it
+    state = optimizer._engine.states[0]["0"]
+    assert_close((state["mean"], state["variance"]), (rows.mean(0), rows.var(0, correction=0)))
+    assert state["rows"] == len(rows)
 
 
 def test_a_closure_is_evaluated_with_grad_by_optimizers_that_forget_to():
@@ -227,6 +260,21 @@ def test_the_preconditioner_of_a_checkpoint_is_that_of_the_optimizer(chain):
     v = torch.randn(m.shape[0], 2)
     assert torch.equal(m.apply(v), optimizer.preconditioner().apply(v))
     assert torch.equal(m.factor(v), optimizer.preconditioner().factor(v))
+
+
+def test_a_bias_that_is_frozen_since_the_last_step_is_no_part_of_the_preconditioner():
+    model, x = build("linear", True)
+    optimizer = wrapped(model, [BNP()], lr=0.1)
+    backward(model, x)
+    optimizer.step()
+    model[0].bias.requires_grad_(False)
+    m = optimizer.preconditioner()
+    state = roundtrip(optimizer.state_dict())
+    assert torch.equal(gradcond.load_preconditioner(model, state).factor(torch.eye(20)), m.factor(torch.eye(20)))
+    assert_close(m.factor(m.factor_transpose(torch.eye(20))), m.apply(torch.eye(20)))
+    mean, variance = x.mean(0), x.var(0, correction=0)
+    metric = torch.diag(variance + 1e-2 * variance.max() + 1e-4) + torch.outer(mean, mean)
+    assert_close(m.apply(torch.eye(20))[:5, :5], metric.inverse())  # what the coming step will use
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -483,7 +531,17 @@ def test_shared_weights_and_other_modules_are_left_alone_and_reported():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), raw, strict=True))
     left_alone = optimizer.report().left_alone
     assert left_alone["head.weight"] == "it is shared by several modules"
+    assert left_alone["head.bias"] == "a parameter beside it is shared by several modules"
     assert left_alone["norm.weight"] == "LayerNorm has no adapter"
+
+
+def test_a_module_that_comes_after_wrap_is_said_to_have_come_late():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = wrapped(model, [BNP()])
+    model[1] = nn.Linear(4, 5)
+    optimizer.add_param_group({"params": model[1].parameters()})
+    late = "its module came after the optimizer was wrapped; wrap it anew"
+    assert optimizer.report().left_alone == {"1.weight": late, "1.bias": late}
 
 
 def test_a_shared_module_sees_all_its_calls():

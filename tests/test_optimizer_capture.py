@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from gradcond import BNP, GradientCentralization, wrap
+from gradcond import BNP, GradientCentralization, load_preconditioner, wrap
 
 
 def state(optimizer, name):
@@ -116,6 +116,22 @@ def test_a_compiled_model_is_traced_once_and_in_one_graph():
     assert counter.frame_count == 1
     assert_close(flat(list(compiled.parameters())), flat(list(eager.parameters())))
     assert state(optimizer, "0")["steps"] == 5
+
+
+def test_layers_of_a_compiled_model_are_called_as_before_it_was_compiled():
+    eager, compiled = network(), torch.compile(network(), backend="aot_eager")
+    bare, optimizer = (wrap(torch.optim.SGD(m.parameters(), lr=0.1), m, [BNP()]) for m in (eager, compiled))
+    for step in range(3):
+        x, y = data(step)
+        for model, opt in ((eager, bare), (compiled, optimizer)):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+    assert_close(flat(list(compiled.parameters())), flat(list(eager.parameters())))
+    P = load_preconditioner(eager, optimizer.state_dict())
+    v = torch.ones(sum(p.numel() for p in eager.parameters()))
+    assert_close(P.apply(v), bare.preconditioner().apply(v))
+    bare.load_state_dict(optimizer.state_dict())
 
 
 def test_a_compiled_pass_whose_step_a_scaler_skips_counts_nothing():

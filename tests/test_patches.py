@@ -69,6 +69,14 @@ def test_a_kernel_of_one_tap_meets_the_padding_and_only_every_stride(conv):
     check(conv, lambda: conv(x).pow(3).mean(), conv_units(conv, x, taps=True), taps=True)
 
 
+def test_an_output_size_that_the_call_asks_for_crops_less():
+    up = nn.ConvTranspose1d(1, 1, 3, stride=2, padding=1)  # tap 2 of input i makes output 2 i + 1
+    optimizer = wrapped(up, decay=0.0)
+    up(torch.tensor([[[0.0, 1.0, 5.0]]]), output_size=[6]).sum().backward()
+    optimizer.step()
+    assert_close(state_of(optimizer)["mean"], torch.tensor([3.0, 2.0, 2.0]))
+
+
 def test_linear_layers_have_one_number_per_input_all_the_same():
     model, x = nn.Linear(3, 2), inputs(6, 3)
     twin = copy.deepcopy(model)

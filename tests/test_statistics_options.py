@@ -105,6 +105,18 @@ def test_each_call_of_a_step_draws_for_itself():
     assert (state_of(optimizer)["variance"] > 0.1).all()  # of one row again and again it would be 0
 
 
+@pytest.mark.parametrize("taps", [False, True])
+@pytest.mark.parametrize("layer", ["linear", "conv", "transposed"])
+def test_ghost_rows_count_for_all_rows_of_their_call(layer, taps):
+    build = {"linear": nn.Linear, "conv": nn.Conv1d, "transposed": nn.ConvTranspose1d}[layer]
+    model, positions = (build(1, 1), ()) if layer == "linear" else (build(1, 1, 2), (3,))
+    optimizer = wrapped(model, decay=0.0, ghost=1, taps=taps)
+    step(model, optimizer, torch.zeros(1, 1, *positions), torch.full((3, 1, *positions), 4.0))
+    state = state_of(optimizer)
+    assert_close(state["mean"], torch.full_like(state["mean"], 3.0))  # a quarter of the rows are 0
+    assert_close(state["variance"], torch.full_like(state["mean"], 3.0))
+
+
 @pytest.mark.parametrize("settings", [{"ghost": 2}, {"ghost": 2, "taps": True}, {"ghost": 3, "every": 2}], ids=str)
 def test_draws_repeat_resume_and_leave_the_global_generator_alone(settings):
     model = network()

@@ -73,7 +73,8 @@ def condition_number(
     Args:
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
         max_matvecs: most products, at least 5; the rank of A is always enough, far fewer often are.
-        tol: error of kappa and of lambda_min_nonzero allowed, relative to themselves.
+        tol: error of kappa and of lambda_min_nonzero allowed, relative to themselves; what products lack of A, by
+            rounding and noise, adds up to noise_floor / lambda_min_nonzero to it.
         seed: of the random start.
         progress: called with the number of products just done.
 
@@ -82,7 +83,7 @@ def condition_number(
         False when the smallest above the noise floor has not been confirmed. kappa_lower_bound holds in any case.
 
     Raises:
-        ValueError: max_matvecs < 5, A is not square, not symmetric or not repeatable.
+        ValueError: max_matvecs < 5, tol is negative, A is not square, not symmetric or not repeatable.
 
     References:
         B. N. Parlett, The Symmetric Eigenvalue Problem, 1980, section 11.7 (the error r^2 / g).
@@ -94,6 +95,8 @@ def condition_number(
     """
     if max_matvecs < 5:
         raise ValueError(f"max_matvecs must be at least 5, got {max_matvecs}")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
     products, generator = Products(A, progress), generator_from(seed)
     z = products.gaussian(generator)
     start = products(z)
@@ -108,16 +111,16 @@ def condition_number(
         lanczos.step()
         values, vectors, residuals = lanczos.eigh()
         floor = noise_floor(lanczos)
-        bounds.append(max(bounds[-1], float(lower_bounds(values, residuals, floor).max())))
+        bounds.append(max(bounds[-1], float(lower_bounds(values, residuals, floor, noise_norm(lanczos)).max())))
         smallest, error, done = smallest_converged(values, residuals, floor, tol)
         value = np.abs(values)[np.abs(values) > floor].min(initial=math.inf)
         history.append(value)
         definite = bool((values > -floor).all() or (values < floor).all())
         still = steps_unchanged(history, tol, definite) >= CONFIRM
-        confirmed = lanczos.invariant or (done and error <= tol / 2 and still)
+        confirmed = done and (lanczos.invariant or (error <= tol / 2 and still))
         if lanczos.invariant or (confirmed and error <= SHARPER * tol):
             break
-    best = vectors[:, [lower_bounds(values, residuals, floor).argmax()]]
+    best = vectors[:, [lower_bounds(values, residuals, floor, noise_norm(lanczos)).argmax()]]
     certified = _certify(lanczos, best, floor)
     lambda_min, lambda_max, image = _extremes(lanczos, z)
     # a start in the range has as little of an eigenvalue as A: its space may seem invariant without it
@@ -142,8 +145,13 @@ def condition_number(
 
 def noise_floor(lanczos: Lanczos) -> float:
     """What an |eigenvalue| must exceed to differ from zero: rounding, or the measured noise of products."""
+    return max(FLOOR * lanczos.products.eps * lanczos.top, noise_norm(lanczos))
+
+
+def noise_norm(lanczos: Lanczos) -> float:
+    """The norm of what products add to T that is not in A, from the entries that should be zero."""
     # a random symmetric (m, m) matrix with entries of size s has the norm 2 s sqrt(m)
-    return max(FLOOR * lanczos.products.eps * lanczos.top, 2 * lanczos.noise * lanczos.size**0.5)
+    return 2 * lanczos.noise * lanczos.size**0.5
 
 
 def _certify(lanczos: Lanczos, vector: np.ndarray, floor: float) -> float:
@@ -151,8 +159,8 @@ def _certify(lanczos: Lanczos, vector: np.ndarray, floor: float) -> float:
     v = lanczos.combine(vector)[:, 0]
     image, v = lanczos.products(v).double(), v.double()
     value = v @ image
-    residual = (image - value * v).norm()
-    bounds = lower_bounds(np.array([float(value), lanczos.top]), np.array([float(residual), 0.0]), floor)
+    residual, noise = (image - value * v).norm(), noise_norm(lanczos)
+    bounds = lower_bounds(np.array([float(value), lanczos.top]), np.array([float(residual), 0.0]), floor, noise)
     return float(bounds.max())
 
 

@@ -39,8 +39,10 @@ class SpectralDensity:
     grid: Tensor  # (g,) ascending
     density: Tensor  # (g,) per unit of lambda; its trapezoidal integral over grid is one
     cdf: Tensor  # (g,) share of the eigenvalues up to each grid point
-    std_error: Tensor  # (g,) of the density over the probes; nan with a single probe, zero where it is exact
-    first_moments: Tensor  # (num_probes,) mean eigenvalue by each probe: n times their mean estimates the trace
+    # (g,) of the density over the probes, up to 30 % too small where they share what they know (small n); nan with
+    # a single probe, zero where it is exact
+    std_error: Tensor
+    first_moments: Tensor  # mean eigenvalue by each probe: n times their mean estimates the trace
     lambda_max: float  # largest node
     lambda_min: float  # smallest node
     num_matvecs: int  # of all probes

@@ -80,11 +80,11 @@ def eigsh(
 
     Returns:
         The pairs in A's working dtype, on its device. Where ``converged`` is False the residual still holds; a
-        warning says so.
+        warning says so, and where the bounds were too small to rule out copies of those that have converged.
 
     Raises:
-        ValueError: k is not in 1..n, which is unknown, A is not square, not symmetric or not repeatable, start
-            is not (n, j) or not finite, a bound is too small.
+        ValueError: k is not in 1..n, which is unknown, tol is negative, A is not square, not symmetric or not
+            repeatable, start is not (n, j) or not finite, a bound is too small.
         MemoryError: not even k + 2 block vectors fit; with the size.
 
     References:
@@ -102,6 +102,8 @@ def eigsh(
         raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     if not 1 <= k <= n:
         raise ValueError(f"k must be in 1..{n}, got {k}; the matrix has {n} eigenvalues")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     budget = max(20 * k, 300) if max_matvecs is None else max_matvecs - k
@@ -124,10 +126,12 @@ def eigsh(
         fresh = torch.stack([products.gaussian(generator).double() for _ in rows])
         space.add(rows.to(fresh.device) + FRESH * fresh / fresh.norm(dim=1, keepdim=True))
     search = Search(space, k, which, tol=tol, block=block, max_vectors=max_vectors, budget=budget)
-    coefficients, allowed = search.run(), tol * space.top
+    coefficients, allowed, settled = search.run(), tol * space.top, search.settled
     del search, space  # and the memory of what is pending
     vectors = basis.take(coefficients)
-    return _certified(products, vectors.to(products.device), which, allowed)
+    pairs = _certified(products, vectors.to(products.device), which, allowed)
+    _warn(pairs, settled)
+    return pairs
 
 
 def _start_rows(start: Tensor | Eigenpairs, n: int, block: int) -> Tensor:
@@ -174,12 +178,6 @@ def _certified(products: Products, vectors: Tensor, which: str, allowed: float) 
     )
     index = torch.as_tensor(wanted(eigenvalues.cpu().numpy(), k, which).copy(), device=vectors.device)
     converged = residuals <= allowed
-    if not bool(converged.all()):
-        warnings.warn(
-            f"{int((~converged).sum())} of {k} eigenpairs not converged in {products.count} products "
-            f"(largest residual {float(residuals.max()):.1e}); raise max_matvecs, max_vectors or tol",
-            stacklevel=3,
-        )
     return Eigenpairs(
         eigenvalues=eigenvalues[index].to(vectors.dtype),
         eigenvectors=vectors[:, index],
@@ -187,3 +185,21 @@ def _certified(products: Products, vectors: Tensor, which: str, allowed: float) 
         converged=converged[index],
         num_matvecs=products.count,
     )
+
+
+def _warn(pairs: Eigenpairs, settled: bool) -> None:
+    """Say so where something has not converged, or may hide behind what has."""
+    failed, count = int((~pairs.converged).sum()), pairs.num_matvecs
+    if failed:
+        largest = float(pairs.residuals.max())
+        warnings.warn(
+            f"{failed} of {len(pairs.residuals)} eigenpairs not converged in {count} products "
+            f"(largest residual {largest:.1e}); raise max_matvecs, max_vectors or tol",
+            stacklevel=3,
+        )
+    elif not settled:
+        warnings.warn(
+            f"copies of the {len(pairs.residuals)} eigenvalues found are not ruled out in {count} products; raise "
+            "max_matvecs or max_vectors, or use block",
+            stacklevel=3,
+        )

@@ -113,10 +113,8 @@ def exchange(products: Products, omega: Tensor, block: int) -> Exchange:
     Q, R = torch.linalg.qr(Y)
     Z = in_blocks(products, Q.to(products.work_dtype), block)
     # a probe that adds nothing to the others leaves out a direction of rounding: no matter which
-    info = torch.finfo(Y.dtype)
-    floor = max(info.eps * k * float(R.abs().max()), info.tiny)
-    diagonal = R.diagonal()
-    lifted = R + torch.diag(torch.where(diagonal.abs() < floor, floor, 0.0))
+    floor = torch.finfo(Y.dtype).eps * k * float(R.abs().max()) or 1.0
+    lifted = R + torch.diag((R.diagonal().abs() < floor).to(R) * floor)
     S = torch.linalg.solve_triangular(lifted.mT, torch.eye(k, dtype=R.dtype, device=R.device), upper=False)
     S = S / S.norm(dim=0)
     omega = omega.double()

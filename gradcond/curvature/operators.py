@@ -160,12 +160,14 @@ class Operator(ABC):
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy vectors in, NumPy vectors out."""
-        dtype = working_dtype(self.dtype)
+        as_numpy = np.float64 if working_dtype(self.dtype) == torch.float64 else np.float32
 
         def product(v: np.ndarray) -> np.ndarray:
-            return (self @ torch.as_tensor(v, dtype=dtype, device=self.device)).cpu().numpy()
+            if np.iscomplexobj(v):
+                return product(v.real) + 1j * product(v.imag)
+            v = np.require(v, as_numpy, ["C", "W"])  # of any strides, and perhaps read-only
+            return (self @ torch.from_numpy(v).to(self.device)).cpu().numpy()
 
-        as_numpy = np.float64 if dtype == torch.float64 else np.float32
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=as_numpy)
 
 
@@ -216,7 +218,11 @@ class Products:
 
     def __call__(self, v: Tensor) -> Tensor:
         """A v for v (n,) or (n, k), in the working dtype, counted."""
-        product = (self.A @ v).to(self.work_dtype)
+        product = self.A @ v
+        if not isinstance(product, Tensor) or product.shape != v.shape:
+            got = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
+            raise ValueError(f"expected a product that is a tensor of shape {tuple(v.shape)}, got {got}")
+        product = product.detach().to(self.work_dtype)
         columns = 1 if v.ndim == 1 else v.shape[1]
         self.count += columns
         if self.progress is not None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradcond.curvature.condition import noise_floor
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.memory import available as free_memory
 from gradcond.curvature.operators import Products, generator_from
+from gradcond.curvature.sketch import relative_difference
 
 STEPS = 3  # products that show the symmetry, the noise and the time; two more show whether they repeat
 
@@ -22,7 +24,7 @@ STEPS = 3  # products that show the symmetry, the noise and the time; two more s
 class Preflight:
     """What was found; printed, it is a report."""
 
-    noise: float  # relative difference of two products of one vector under different random states
+    noise: float  # relative difference of two products of one vector, of a model under different random states
     asymmetry: float  # largest |<q_i, A q_j> - <A q_i, q_j>| met, relative to the largest |Ritz value|
     noise_floor: float  # an |eigenvalue| below this cannot be told from zero; a lower bound, so early
     seconds: float  # of one product
@@ -48,7 +50,7 @@ def preflight(
 
     Two products of one vector under different random states must agree, then three steps of Lanczos measure
     the asymmetry, the noise and the time of a product: five products in all, fewer for an operator smaller
-    than that or one already found repeatable.
+    than that, one already found repeatable or a matrix.
 
     Args:
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
@@ -86,7 +88,7 @@ def preflight(
         seconds.append(time.perf_counter() - start)
     lanczos.eigh()
     return Preflight(
-        noise=A.check_deterministic() if hasattr(A, "check_deterministic") else 0.0,  # known by now
+        noise=_noise(A, products, lanczos.parts[0][0]),
         asymmetry=lanczos.asymmetry / (lanczos.top or 1.0),
         noise_floor=noise_floor(lanczos),
         seconds=statistics.median(seconds),
@@ -95,6 +97,15 @@ def preflight(
         available_bytes=available,
         cost=getattr(A, "num_matvecs", before + products.count) - before,
     )
+
+
+def _noise(A: Any, products: Products, v: Tensor) -> float:
+    if hasattr(A, "check_deterministic"):
+        return A.check_deterministic()  # known by now
+    if isinstance(products.A, Tensor):
+        return 0.0
+    first = products(v).clone()  # A may return what is its own
+    return relative_difference([products(v)], [first])
 
 
 def size(count: float) -> str:

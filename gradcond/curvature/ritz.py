@@ -37,15 +37,16 @@ def steps_unchanged(sizes: list[float], tol: float, definite: bool) -> int:
     return len(sizes) - 1 - int(np.flatnonzero(changed).max(initial=0))
 
 
-def lower_bounds(values: np.ndarray, residuals: np.ndarray, floor: float) -> np.ndarray:
+def lower_bounds(values: np.ndarray, residuals: np.ndarray, floor: float, noise: float = 0.0) -> np.ndarray:
     """Lower bounds of kappa from unit vectors v with the Rayleigh quotient theta and the residual r.
 
     |A v|^2 = theta^2 + r^2 is a sum of lambda^2 over v, at least lambda_min_nonzero times the sum of |lambda|, and
     that is at least |theta|: lambda_min_nonzero is no more than |theta| + r^2 / |theta|. Eigenvalues below the
     floor make the square no smaller, and |theta| larger by no more than the floor times their share in v,
-    (r / (|theta| - floor))^2. Rounding, an eighth of the floor, is taken off or added wherever it may be.
+    (r / (|theta| - floor))^2. Rounding, an eighth of the floor, or the noise of the products where that is more, is
+    taken off or added wherever it may be.
     """
-    sizes, rounding = np.abs(values), floor / 8
+    sizes, rounding = np.abs(values), max(floor / 8, noise)
     above = sizes > floor
     size, residual = sizes[above], residuals[above]
     least = size - rounding

@@ -36,6 +36,7 @@ class Search:
         self.look: Look | None = None
         self.chance = 1.0  # of missing something in the looks before, since anything was found
         self.missed = 1.0  # the same, with the one under way
+        self.settled = False  # whether nothing that is wanted can hide
 
     def run(self) -> np.ndarray:
         """Coefficients (m, k) of the wanted Ritz vectors, converged or not, in order."""
@@ -46,8 +47,9 @@ class Search:
             if self._full(len(space.pending)):
                 self._restart()
             space.expand(min(len(space.pending), self.budget - space.products.count))
-            if space.size >= self.due and self._done():
+            if (space.size >= self.due or space.products.count >= self.budget) and self._done():
                 break
+        self.settled |= space.size == space.basis.n
         values, vectors, _ = space.eigh()
         return vectors[:, wanted(values, self.k, self.which)]
 
@@ -73,16 +75,14 @@ class Search:
         if self.look is not None and np.abs(found - self.look.found).max() > allowed:
             self.look, self.chance, self.missed = None, 1.0, 1.0
         points = edges(found, self.which, 2 * allowed) if self._doubtful(found, allowed) else []
-        if not points:
-            return True
-        if self.look is not None:
+        if self.look is not None and points:
             self.missed = self.chance * self._chance(points)
-            return self.missed <= MISS
-        if residuals[order].max() <= LEAVE * allowed:
+        self.settled = not points or self.missed <= MISS
+        if self.look is None and not self.settled and residuals[order].max() <= LEAVE * allowed:
             others = np.setdiff1d(np.flatnonzero(residuals <= LEAVE * allowed), order)
             room = len(others) if self.max_vectors >= self.space.basis.n else self.max_vectors // 2 - self.k
             self._look(np.append(order, others[: max(room, 0)]), values, vectors, residuals)
-        return False
+        return self.settled
 
     def _doubtful(self, found: np.ndarray, allowed: float) -> bool:
         """Whether copies are to be looked for: where that is cheap, or they are known to occur."""

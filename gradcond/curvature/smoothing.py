@@ -17,11 +17,14 @@ def evaluation_grid(grid: str | Tensor, nodes: Tensor, eps: float) -> Tensor:
     low, high, top = float(nodes.min()), float(nodes.max()), float(nodes.abs().max())
     if isinstance(grid, Tensor):
         points = grid.detach().to("cpu", torch.float64)
-        if points.ndim != 1 or len(points) < 2 or not bool((points.diff() > 0).all()):
-            raise ValueError(f"expected ascending grid points (g,), got shape {tuple(grid.shape)}")
+        ascending = points.ndim == 1 and len(points) > 1 and bool((points.diff() > 0).all())
+        if not ascending or not bool(points.isfinite().all()):
+            raise ValueError(f"expected ascending finite grid points (g,), got shape {tuple(grid.shape)}")
         if float(points[0]) > low or float(points[-1]) < high:
             raise ValueError(f"expected a grid that covers all nodes, {low:.6g} to {high:.6g}; widen it")
         return points
+    if not isinstance(grid, str):
+        raise TypeError(f"expected grid as a name or a torch tensor, got {type(grid).__name__}")
     # a spectrum of one point gets a range of its own size
     room = PADDING * (high - low) if high - low > 1e-3 * top else PADDING * (top or 1.0)
     if grid == "linear":
