@@ -10,7 +10,7 @@ from torch import nn
 
 from gradcond.assignment import Assignment, held_parameters, trained
 from gradcond.engine import Engine
-from gradcond.layers import Layer, find_layers, layers_of, owners
+from gradcond.layers import Layer, layers_of, owners
 
 __all__ = ["Report"]
 
@@ -95,13 +95,7 @@ def _why_no_layer(model: nn.Module, module: nn.Module, parameter: nn.Parameter) 
     layers = layers_of(module)
     if isinstance(layers, str):
         return layers
-    if not _is_in(layers, parameter):
+    if not any(parameter is own for layer in layers for own in layer.weights + layer.biases):
         return f"it is in no row of {type(module).__name__}"
-    if _is_in(find_layers(model).values(), parameter):
-        return "its module came after the optimizer was wrapped; wrap it anew"
     shared = sum(parameter is other for *_, other in owners(model)) > 1
     return f"{'it' if shared else 'a parameter beside it'} is shared by several modules"
-
-
-def _is_in(layers: Iterable[Layer], parameter: nn.Parameter) -> bool:
-    return any(parameter is own for layer in layers for own in layer.weights + layer.biases)

@@ -535,15 +535,6 @@ def test_shared_weights_and_other_modules_are_left_alone_and_reported():
     assert left_alone["norm.weight"] == "LayerNorm has no adapter"
 
 
-def test_a_module_that_comes_after_wrap_is_said_to_have_come_late():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    optimizer = wrapped(model, [BNP()])
-    model[1] = nn.Linear(4, 5)
-    optimizer.add_param_group({"params": model[1].parameters()})
-    late = "its module came after the optimizer was wrapped; wrap it anew"
-    assert optimizer.report().left_alone == {"1.weight": late, "1.bias": late}
-
-
 def test_a_shared_module_sees_all_its_calls():
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer, nn.Tanh(), layer)
