@@ -95,11 +95,7 @@ def _why_no_layer(model: nn.Module, module: nn.Module, parameter: nn.Parameter) 
     layers = layers_of(module)
     if isinstance(layers, str):
         return layers
-    if not _is_in(layers, parameter):
+    if not any(parameter is own for layer in layers for own in layer.weights + layer.biases):
         return f"it is in no row of {type(module).__name__}"
     shared = sum(parameter is other for *_, other in owners(model)) > 1
     return f"{'it' if shared else 'a parameter beside it'} is shared by several modules"
-
-
-def _is_in(layers: Iterable[Layer], parameter: nn.Parameter) -> bool:
-    return any(parameter is own for layer in layers for own in layer.weights + layer.biases)

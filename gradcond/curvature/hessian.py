@@ -107,8 +107,9 @@ class GGN(GaussNewtonOperator):
 
     Symmetric, and positive semi-definite when the loss is convex in the output; equal to the Hessian where
     the model is linear in its parameters, and to the Fisher information for cross-entropy and squared
-    error. A :class:`ModelLoss` must say what the output is. Everything else, the arguments included, is as in
-    :class:`Hessian`.
+    error. Zero where the loss is linear in the output, as NLLLoss is in log-probabilities: let the output be
+    what log_softmax takes. A :class:`ModelLoss` must say what the output is. Everything else, the arguments
+    included, is as in :class:`Hessian`.
 
     References:
         N. N. Schraudolph, Fast curvature matrix-vector products for second-order gradient descent, 2002.
