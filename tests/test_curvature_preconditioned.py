@@ -273,6 +273,14 @@ def test_a_convolution_has_its_fan_in_as_columns():
     assert_close(P.factor(z), torch.cat([mapped[:, :8].flatten(), mapped[:, 8]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_factors_of_low_rank_have_positive_powers(dtype):
+    rows = torch.randn(2, 6).to(dtype)
+    b = rows.mT @ rows  # the covariance of two samples: four eigenvalues are rounding, some below zero
+    P = KroneckerFactor(nn.Linear(6, 1, bias=False), {"weight": (torch.eye(1), b)}, power=0.5)
+    assert_close(P.factor(P.factor(torch.eye(6).to(dtype))), b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
 def test_factors_of_any_kind_are_taken_as_they_are():
     model = nn.Linear(3, 2, bias=False)
     a, b, z = torch.randn(2, 2), torch.randn(3, 3), torch.randn(6)
@@ -351,6 +359,7 @@ BAD_FACTORS = {
     "two": (two_of_one, ValueError, "a second one for '0.weight'"),
     "lopsided": (kronecker_pair(torch.eye(3), torch.ones(4, 4).triu()), ValueError, "symmetric"),
     "singular": (kronecker_pair(torch.ones(3, 3), torch.eye(4)), ValueError, "positive definite.*damping"),
+    "nan": (kronecker_pair(torch.eye(3), torch.full((4, 4), torch.nan)), ValueError, "finite symmetric factors"),
     "negative": (kronecker_pair(-torch.eye(3), torch.eye(4), power=2.0), ValueError, "from -1"),
     "diagonal of two axes": (lambda m: DiagonalFactor(torch.ones(2, 2)), ValueError, r"diagonal \(n,\)"),
     "whole numbers": (lambda m: DiagonalFactor(torch.ones(2).int()), ValueError, "int32"),

@@ -104,13 +104,14 @@ def _parameters_of(name: str, right: Tensor, places: Mapping[str, tuple[slice, t
 def _power(side: Tensor, power: float, name: str) -> Tensor:
     """A symmetric positive matrix to a power, in its working dtype."""
     wide = side.detach().double()
+    if not float((wide - wide.mT).abs().max()) <= 1e-5 * float(wide.abs().max()):  # NaN and infinity, too
+        raise ValueError(f"expected finite symmetric factors for {name!r}; power=None takes others as they are")
     values, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
-    top = float(values.abs().max())
-    if not float((wide - wide.mT).abs().max()) <= 1e-5 * top:
-        raise ValueError(f"expected symmetric factors for {name!r}; power=None takes any others as they are")
-    if float(values[0]) < 0 or (power < 0 and not float(values[0]) > len(values) * 1e-16 * top):
+    least, top = float(values[0]), float(values[-1])
+    rounding = len(values) * torch.finfo(working_dtype(side.dtype)).eps * top
+    if least < -rounding or (power < 0 and not least > len(values) * 1e-16 * top):
         raise ValueError(
-            f"expected positive definite factors for {name!r}, got eigenvalues from {float(values[0]):.3g} to "
-            f"{top:.3g}; add damping, A + c I"
+            f"expected positive definite factors for {name!r}, got eigenvalues from {least:.3g} to {top:.3g}; "
+            "add damping, A + c I"
         )
-    return ((vectors * values.pow(power)) @ vectors.mT).to(working_dtype(side.dtype))
+    return ((vectors * values.clamp(min=0).pow(power)) @ vectors.mT).to(working_dtype(side.dtype))
