@@ -203,7 +203,7 @@ class BNP(Conditioner):
     def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """One mean and one variance per input, or per input and tap."""
         shape = (layer.inputs * (layer.kernel_size if self.taps else 1),)
-        return {"mean": shape, "exact_mean": shape, "variance": shape, "shift": shape}
+        return dict.fromkeys(("mean", "exact_mean", "variance", "exact_variance", "shift"), shape)
 
     def describe(self, layer: Layer, state: dict[str, Any]) -> str:
         """Which restriction of M is used, and over how many steps the moments were taken."""

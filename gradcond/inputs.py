@@ -18,6 +18,7 @@ __all__ = ["Deferred", "Observer", "packs_saved_tensors"]
 
 
 _MANY = 1000  # passes
+_TOP = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # faster, where torch has it
 
 
 class Deferred:
@@ -145,6 +146,8 @@ def packs_saved_tensors() -> bool:
         ...     packs_saved_tensors()
         True
     """
+    if _TOP is not None:
+        return _TOP(False) is not None
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("never seen"):  # raises where there are some
             return False

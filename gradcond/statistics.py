@@ -57,7 +57,8 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
 
     Args:
         state: holds "mean" and "variance", which are changed in place, and "shift" (d), "steps", "rows",
-            "samples" and "exact_mean" from the second call on: in float32 a small step of a large mean is lost.
+            "samples", "exact_mean" and "exact_variance" from the second call on: in float32 a small step of a
+            large mean is lost.
         moments: of this step's rows.
         decay: in [0, 1); 0 keeps this step's rows only.
         start: "debias", a = (1-decay)/(1-decay^t); "first_batch", a = 1 and then 1-decay; "paper", a = 1-decay
@@ -73,15 +74,17 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
     mean, variance = state.get("mean"), state.get("variance")
     if mean is None or variance is None:
         mean, variance = torch.zeros_like(moments.mean), torch.ones_like(moments.mean)
-    exact = _exact(state.get("exact_mean", mean), moments.mean)
-    mean, variance = mean.to(moments.mean), variance.to(moments.mean)  # the model may have been moved
+    like = moments.mean  # the model may have been moved
+    exact, spread = (
+        _exact(t, like) for t in (state.get("exact_mean", mean), state.get("exact_variance", variance))
+    )
     steps = state.get("steps", 0) + 1
     a = weight_of(steps, decay, start)
-    new = moments.mean.to(exact.dtype)
-    state["shift"] = d = (new - exact).to(mean.dtype)
+    new = like.to(exact.dtype)
+    state["shift"] = d = (new - exact).to(like.dtype)
     state["exact_mean"] = exact.lerp_(new, a)
-    state["mean"] = mean.copy_(exact)
-    state["variance"] = variance.lerp_(moments.variance, a).addcmul_(d, d, value=a * (1 - a))
+    state["exact_variance"] = spread.lerp_(moments.variance.to(exact.dtype), a).addcmul_(d, d, value=a * (1 - a))
+    state["mean"], state["variance"] = mean.to(like).copy_(exact), variance.to(like).copy_(spread)
     state["steps"], state["rows"], state["samples"] = steps, moments.rows, moments.samples
 
 
@@ -100,7 +103,7 @@ def weight_of(steps: int, decay: float, start: str) -> float:
 class Bank:
     """The running moments of several layers side by side, so that one operation moves all of them.
 
-    The layers' states hold views of it from then on. With it `fold` of L layers costs 4 operations instead of 4 L.
+    The layers' states hold views of it from then on. With it `fold` of L layers costs 6 operations instead of 6 L.
 
     Args:
         states: of the layers.
@@ -109,18 +112,21 @@ class Bank:
 
     def __init__(self, states: Sequence[dict[str, Any]], like: Tensor) -> None:
         sizes = [len(state["mean"]) for state in states]
-        self.flat = torch.cat([state[key].to(like) for key in ("mean", "variance") for state in states])
+        parts = [(key, state) for key in ("mean", "variance") for state in states]
+        self.exact = torch.cat([_exact(state.get(f"exact_{key}", state[key]), like) for key, state in parts])
+        self.flat = self.exact.to(like.dtype, copy=True)
+        self.new, self.moved = torch.empty_like(self.exact), torch.zeros_like(self.flat)  # of a step; its distance
         self.mean, self.variance = self.flat.chunk(2)
-        self.exact = torch.cat([_exact(state.get("exact_mean", state["mean"]), like) for state in states])
-        self.shift, self.metric = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        self.exact_mean, self.exact_variance = self.exact.chunk(2)
+        self.shift, self.metric = self.moved.chunk(2)[0], torch.zeros_like(self.mean)
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(self.flat.device)
         self.largest = self.flat.new_zeros(len(sizes))
         self.scale: tuple[list[float], Tensor] = [], self.flat
-        keys = ("mean", "variance", "shift", "exact")
+        keys = ("mean", "variance", "shift", "exact_mean", "exact_variance")
         self.views = list(zip(*(getattr(self, key).split(sizes) for key in keys), strict=True))
         self.metrics = self.metric.split(sizes)
         for state, views in zip(states, self.views, strict=True):
-            state.update(zip((*keys[:3], "exact_mean"), views, strict=True))
+            state.update(zip(keys, views, strict=True))
 
     def holds(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments]) -> bool:
         """Are these the states whose moments it holds, in step, and are their new ones of its kind?"""
@@ -136,12 +142,12 @@ class Bank:
 
     def fold(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], a: float) -> None:
         """What the function `fold` does, with the weight a for all layers."""
-        mean, variance = torch.cat([m.mean for m in moments] + [m.variance for m in moments]).chunk(2)
-        mean = mean.to(self.exact.dtype)
-        torch.sub(mean, self.exact, out=self.shift)
-        self.mean.copy_(self.exact.lerp_(mean, a))
-        self.variance.lerp_(variance, a).addcmul_(self.shift, self.shift, value=a * (1 - a))
-        for state, m, (_, _, shift, _) in zip(states, moments, self.views, strict=True):
+        torch.cat([m.mean for m in moments] + [m.variance for m in moments], out=self.new)
+        torch.sub(self.new, self.exact, out=self.moved)
+        self.exact.lerp_(self.new, a)
+        self.exact_variance.addcmul_(self.shift, self.shift, value=a * (1 - a))
+        self.flat.copy_(self.exact)
+        for state, m, (_, _, shift, *_) in zip(states, moments, self.views, strict=True):
             state["steps"], state["rows"], state["samples"] = state["steps"] + 1, m.rows, m.samples
             state["shift"] = shift
 
