@@ -62,6 +62,7 @@ class InputCapture(_Hook):
     def __init__(self, layer: Layer, observer: Observer) -> None:
         self.layer, self.observer = layer, observer
         self.key = layer.weight_names[0]
+        self.place = layer.places[self.key]
         self.me = weakref.ref(self)
         self.may_wait = layer.observe is first_input and type(layer.module) is nn.Linear  # is the input saved?
         self.active = True  # is this step's input looked at?
@@ -88,7 +89,9 @@ class InputCapture(_Hook):
     @property
     def weight(self) -> Any:
         """The parameter whose gradient tells which rows count."""
-        return self.layer.lookup(self.key)
+        module, leaf = self.place  # past layers' own lookup: this is asked for at every call and every gradient
+        found = module._parameters.get(leaf)
+        return self.layer.lookup(self.key) if found is None else found
 
     @property
     def size(self) -> int:

@@ -81,7 +81,7 @@ def fold(state: dict[str, Any], moments: Moments, decay: float, start: str) -> N
     steps = state.get("steps", 0) + 1
     a = weight_of(steps, decay, start)
     new = like.to(exact.dtype)
-    state["shift"] = d = (new - exact).to(like.dtype)
+    state["shift"] = d = new - exact
     state["exact_mean"] = exact.lerp_(new, a)
     state["exact_variance"] = spread.lerp_(moments.variance.to(exact.dtype), a).addcmul_(d, d, value=a * (1 - a))
     state["mean"], state["variance"] = mean.to(like).copy_(exact), variance.to(like).copy_(spread)
@@ -103,7 +103,7 @@ def weight_of(steps: int, decay: float, start: str) -> float:
 class Bank:
     """The running moments of several layers side by side, so that one operation moves all of them.
 
-    The layers' states hold views of it from then on. With it `fold` of L layers costs 6 operations instead of 6 L.
+    The layers' states hold views of it from then on. With it `fold` of L layers costs 6 operations instead of 8 L.
 
     Args:
         states: of the layers.
@@ -115,7 +115,7 @@ class Bank:
         parts = [(key, state) for key in ("mean", "variance") for state in states]
         self.exact = torch.cat([_exact(state.get(f"exact_{key}", state[key]), like) for key, state in parts])
         self.flat = self.exact.to(like.dtype, copy=True)
-        self.new, self.moved = torch.empty_like(self.exact), torch.zeros_like(self.flat)  # of a step; its distance
+        self.new, self.moved = torch.zeros(2, len(self.exact)).to(self.exact)  # of a step, and its distance
         self.mean, self.variance = self.flat.chunk(2)
         self.exact_mean, self.exact_variance = self.exact.chunk(2)
         self.shift, self.metric = self.moved.chunk(2)[0], torch.zeros_like(self.mean)
@@ -142,7 +142,7 @@ class Bank:
 
     def fold(self, states: Sequence[dict[str, Any]], moments: Sequence[Moments], a: float) -> None:
         """What the function `fold` does, with the weight a for all layers."""
-        torch.cat([m.mean for m in moments] + [m.variance for m in moments], out=self.new)
+        self.new.copy_(torch.cat([m.mean for m in moments] + [m.variance for m in moments]))
         torch.sub(self.new, self.exact, out=self.moved)
         self.exact.lerp_(self.new, a)
         self.exact_variance.addcmul_(self.shift, self.shift, value=a * (1 - a))
