@@ -32,6 +32,7 @@ class RateDamping(Conditioner):
     which has a factor as before, and is `preconditioner()`'s. In the limit of large rates the steps no longer
     depend on the rate; `delay` holds back the first ones. It comes last in a chain, before NormClipping.
 
+    The two biases of a recurrent layer's row are one direction here, as they are for BNP: each moves by half.
     lr and momentum are those of the weight's parameter group; where a group has no "lr" it raises. Optimizers
     that rescale the gradient by themselves, as Adam does, take the damping out again.
 

@@ -297,7 +297,7 @@ class Engine:
         self._ask_due()
 
     def preconditioner(self, groups: Sequence[Mapping[str, Any]]) -> Preconditioner:
-        """The M of the last step, or what the chain gives before the first one."""
+        """The M of the last step's statistics, or what the chain gives before the first one."""
         blocks = []
         for a in self.assignments(groups):
             last = {i: as_trained(self.states[i].get(a.layer.name, {}), bool(a.biases)) for i in a.members}

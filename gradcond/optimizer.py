@@ -126,7 +126,7 @@ class ConditionedOptimizer(Optimizer):
         return Conditioning(self._engine, self.param_groups)
 
     def preconditioner(self) -> Preconditioner:
-        """A snapshot of the last step's M = P P^T over the model's trainable parameters."""
+        """M = P P^T over the trainable parameters, from the last step's statistics and the settings as they are."""
         return self._engine.preconditioner(self.param_groups)
 
     def report(self) -> Report:
