@@ -9,23 +9,22 @@ activation is kept, only its moments.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gradcond.hooks import Hook, drop_inert
 from gradcond.inputs import Deferred, Observer
 from gradcond.layers import Layer, first_input
 from gradcond.shards import is_sharded, local
 from gradcond.statistics import Moments
 
-__all__ = ["BatchNormProbe", "InputCapture"]
+__all__ = ["InputCapture"]
 
 dist = torch.distributed
 # before torch had the first, torch.export alone set the second
@@ -36,20 +35,7 @@ def _nothing() -> None:
     """In place of a weak reference."""
 
 
-class _Hook:
-    """A forward hook that belongs to one module: copies of the module get one that does nothing.
-
-    It is Python's own, so that a module that was pickled whole is read where there is no gradcond.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return nullcontext().__exit__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
-
-
-class InputCapture(_Hook):
+class InputCapture(Hook):
     """Collects the input moments of one layer's calls between two steps.
 
     A call is reached when a backward pass computes the gradient of its output, or goes through what an earlier one
@@ -81,7 +67,7 @@ class InputCapture(_Hook):
         self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
         self.hooks: Any = WeakIdKeyDictionary()  # by weight: another may take its place for a call
         self.watched: Callable[[], Tensor | None] = _nothing  # the last one
-        _drop_inert(layer.module)
+        drop_inert(layer.module)
         # first of all hooks: FSDP2's puts the weight's shard back
         self.handle = layer.module.register_forward_hook(self, with_kwargs=True, prepend=True)
         self._watch(self.weight)
@@ -315,55 +301,5 @@ class _Count:
                 torch.autograd.Variable._execution_engine.queue_callback(capture.note_replaced)
 
 
-class BatchNormProbe(_Hook):
-    """Finds the layers whose output goes straight into batch normalization by batch statistics."""
-
-    def __init__(self, captures: Iterable[InputCapture], model: nn.Module) -> None:
-        self.captures = list(captures)
-        self.handles: list[RemovableHandle] = []
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.captures:
-                _drop_inert(module)
-                self.handles.append(module.register_forward_hook(self, with_kwargs=True))
-        for capture in self.captures:
-            capture.probed = bool(self.handles)
-
-    def leave(self, names: Container[str]) -> None:
-        """Asks no more of these layers; of none, once all are known."""
-        for capture in self.captures:
-            capture.probed = capture.probed and capture.layer.name not in names
-        self.captures = [capture for capture in self.captures if capture.probed]
-        if not self.captures:
-            self.remove()
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Marks the layer whose last output is this module's input."""
-        if torch.compiler.is_compiling() or not (module.training or module.running_mean is None):
-            return
-        x = args[0] if args else kwargs["input"]
-        for capture in self.captures:
-            output_ref, version = capture.last_output
-            last = output_ref()
-            # an in-place activation in between moves the version; with more axes, channels are not the units
-            if last is not None and last is x and last._version == version and x.dim() == 2 + capture.layer.taps:
-                capture.feeds_batch_norm = True
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
-        for capture in self.captures:
-            capture.probed = False
-
-
 def _merge(a: Moments | None, b: Moments | None) -> Moments | None:
     return a.merge(b) if a is not None and b is not None else a or b
-
-
-def _drop_inert(module: nn.Module) -> None:
-    """Clears away what copying left behind."""
-    inert: Any = nullcontext.__exit__
-    for key in [k for k, hook in module._forward_hooks.items() if getattr(hook, "__func__", None) is inert]:
-        del module._forward_hooks[key]
-        module._forward_hooks_with_kwargs.pop(key, None)

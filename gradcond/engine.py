@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradcond.assignment import Assignment, Conditioned, Parameters
-from gradcond.capture import BatchNormProbe, InputCapture
+from gradcond.capture import InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, compose
 from gradcond.distributed import Ranks
@@ -22,6 +22,7 @@ from gradcond.layers import find_layers, has_lazy
 from gradcond.maps import Maps, rate_of
 from gradcond.plan import Plan
 from gradcond.preconditioner import Preconditioner
+from gradcond.probe import BatchNormProbe
 from gradcond.screening import Screening
 from gradcond.shards import local, local_state, moving, shown
 from gradcond.states import State, as_trained, check_saved, copied, kept, loaded_states, saved_state
