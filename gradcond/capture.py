@@ -48,7 +48,6 @@ class InputCapture(Hook):
     def __init__(self, layer: Layer, observer: Observer) -> None:
         self.layer, self.observer = layer, observer
         self.key = layer.weight_names[0]
-        self.place = layer.places[self.key]
         self.me = weakref.ref(self)
         self.may_wait = layer.observe is first_input and type(layer.module) is nn.Linear  # is the input saved?
         self.active = True  # is this step's input looked at?
@@ -64,7 +63,7 @@ class InputCapture(Hook):
         self.reached: dict[int, _Call] = {}
         self.feeds_batch_norm = False
         self.probed = False  # does somebody ask for the last output?
-        self.last_output: tuple[Callable[[], Tensor | None], int] = (lambda: None, 0)
+        self.last_output: tuple[Callable[[], Tensor | None], int] = (_nothing, 0)
         self.hooks: Any = WeakIdKeyDictionary()  # by weight: another may take its place for a call
         self.watched: Callable[[], Tensor | None] = _nothing  # the last one
         drop_inert(layer.module)
@@ -75,9 +74,7 @@ class InputCapture(Hook):
     @property
     def weight(self) -> Any:
         """The parameter whose gradient tells which rows count."""
-        module, leaf = self.place  # past layers' own lookup: this is asked for at every call and every gradient
-        found = module._parameters.get(leaf)
-        return self.layer.lookup(self.key) if found is None else found
+        return self.layer.lookup(self.key)
 
     @property
     def size(self) -> int:
