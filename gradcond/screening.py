@@ -53,7 +53,7 @@ class Screening:
         looked_at = [found for *_, found in work] + [bias.grad for bias in self.others if bias.grad is not None]
         if not passes(looked_at, check):
             return False
-        for _, _, row_map, rows, found in work:
+        for _, _, row_map, rows, found in reversed(work):  # the last ones are still in the cache
             row_map.apply_(rows, found)
         for name, grad, *_ in work:  # once all are replaced: views of one buffer have one version
             conditioned.note(name, grad)
