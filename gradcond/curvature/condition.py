@@ -16,6 +16,7 @@ from gradcond.curvature.basis import reorthogonalize_
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from
 from gradcond.curvature.ritz import lower_bounds, smallest_converged, steps_unchanged
+from gradcond.curvature.root import eigenvalues_by_root, with_zeros
 
 FLOOR = 8  # x eps x max|lambda|: float32 resolves condition numbers up to 1e6
 # a smaller eigenvalue may show up late: the smallest must have stood still, to tol, for so many steps (of 502
@@ -70,6 +71,10 @@ def condition_number(
     the noise floor, max(8 eps max|lambda|, measured noise), is zero. No unit vector v has |A v|^2 / |v^T A v|
     below lambda_min_nonzero: from a Ritz vector that bounds kappa from below, nearly as sharp as kappa converges.
 
+    GGN and Fisher matrices, their blocks and preconditioned ones, are J^T B J with a row of J for each of r outputs
+    (data times classes). Where the budget pays for r / 2 products nothing is estimated: with B = C S C^T, S of
+    signs, the eigenvalues that are not zero are those of S (C^T J) (C^T J)^T, an (r, r) matrix.
+
     Args:
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
         max_matvecs: most products, at least 5; the rank of A is always enough, far fewer often are.
@@ -104,6 +109,9 @@ def condition_number(
     products.check_symmetry(0.0, size)
     if size == 0:
         return _zero_matrix(products)
+    known = eigenvalues_by_root(products, min(2 * (max_matvecs - products.count), products.n), (z, start))
+    if known is not None:
+        return condition_of(with_zeros(known[0], products.n, 1), known[1], tol, products.count)
     lanczos = Lanczos(products, start, generator=generator, breakdown=FLOOR)
     bounds, history, confirmed = [1.0], [], False
     # one product is kept for the certificate, one for the null space
@@ -140,6 +148,30 @@ def condition_number(
         kappa_lower_bound=certified,
         lower_bounds=torch.tensor(bounds[1:], dtype=torch.float64, device="cpu"),
         num_matvecs=products.count,
+    )
+
+
+def condition_of(values: Tensor, error: float, tol: float, count: int) -> ConditionNumber:
+    """That of all eigenvalues, ascending, each known up to an error; of zeros one is enough."""
+    sizes = values.abs()
+    top, floor = float(sizes.max()), FLOOR * error
+    above = sizes[sizes > floor]
+    settled = above[error <= tol * above]
+    smallest = float(settled.min()) if len(settled) else math.nan
+    bound = max(1.0, (top - error) / (float(above.min()) + error)) if len(above) else 1.0
+    if bound * smallest > (1 + 2 * tol) * top:  # something smaller is there, not known to tol
+        smallest = math.nan
+    return ConditionNumber(
+        kappa=top / smallest,
+        lambda_max=float(values[-1]),
+        lambda_min=float(values[0]),
+        lambda_min_nonzero=smallest,
+        noise_floor=floor,
+        resolved=not math.isnan(smallest),
+        converged=len(settled) == len(above),
+        kappa_lower_bound=bound,
+        lower_bounds=torch.tensor([bound], dtype=torch.float64, device="cpu"),
+        num_matvecs=count,
     )
 
 

@@ -47,22 +47,23 @@ class SpectralDensity:
     lambda_min: float  # smallest node
     num_matvecs: int  # of all probes
 
-    def quantile(self, q: float, absolute: bool = False, above: float = 0.0) -> float:
-        """The eigenvalue (or |eigenvalue|) below which the share q lies, among those with |lambda| > above.
+    def quantile(self, q: float, absolute: bool = False, above: float | None = None) -> float:
+        """The eigenvalue (or |eigenvalue|) below which the share q lies, of all or of those with |lambda| > above.
 
         nan when there is none.
         """
-        kept = self.nodes.abs() > above
+        kept = self._above(above)
         values = self.nodes.abs() if absolute else self.nodes
         return _quantile(values[kept], self.weights[kept], q)
 
-    def ratio(self, q: float = 0.5, above: float = 0.0) -> Ratio:
+    def ratio(self, q: float = 0.5, above: float | None = None) -> Ratio:
         """How far the spectrum stands out of its bulk: max|lambda| / |lambda|_q, and what it is uncertain by.
 
-        |lambda|_q is the quantile q of the |lambda| > above. The standard error is half the way between the
-        ratios at q minus and q plus one standard error of the share below |lambda|_q, taken over the probes. The
-        resolution is half the way between the ratios when all nodes are moved by their residuals, outwards and
-        inwards: infinite where the quantile cannot be told from zero. Both are zero for an exact spectrum.
+        |lambda|_q is the quantile q of all |lambda|, or of those > above. The standard error is half the way
+        between the ratios at q minus and q plus one standard error of the share below |lambda|_q, taken over the
+        probes. The resolution is half the way between the ratios when all nodes are moved by their residuals,
+        outwards and inwards: infinite where the quantile cannot be told from zero. Both are zero for an exact
+        spectrum.
 
         References:
             R. S. Woodruff, Confidence intervals for medians and other position measures, 1952.
@@ -72,7 +73,7 @@ class SpectralDensity:
             >>> spectral_density(torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0]))).ratio()
             Ratio(estimate=5.0, std_error=0.0, resolution=0.0)
         """
-        sizes, kept = self.nodes.abs(), self.nodes.abs() > above
+        sizes, kept = self.nodes.abs(), self._above(above)
         top, error = float(sizes.max()), 0.0
         middle = _quantile(sizes[kept], self.weights[kept], q)
         if bool((self.std_error != 0).any()):
@@ -87,6 +88,9 @@ class SpectralDensity:
             resolution=(most - least) / 2 if far else math.inf,
         )
 
+    def _above(self, above: float | None) -> Tensor:
+        return self.nodes.abs() > (-1.0 if above is None else above)
+
     def _share_error(self, kept: Tensor, below: Tensor) -> float:
         """Standard error of the share of the nodes below among those kept, over the probes; nan for one."""
         none = torch.zeros(int(self.probes.max()) + 1, dtype=torch.float64, device="cpu")
@@ -97,9 +101,10 @@ class SpectralDensity:
 
 
 def exact_density(values: Tensor, grid: str | Tensor, products: Products) -> SpectralDensity:
-    """The density of all eigenvalues (n,) ascending, each of weight 1/n."""
-    points = evaluation_grid(grid, values, products.eps)
-    weights, none = torch.full_like(values, 1 / len(values)), torch.zeros_like(values)
+    """The density of all n eigenvalues, ascending; of the zeros one is enough."""
+    points, none = evaluation_grid(grid, values, products.eps), torch.zeros_like(values)
+    weights = torch.full_like(values, 1 / products.n)
+    weights[values.abs().argmin()] += 1 - len(values) / products.n  # the zeros that were left out
     density = smooth(points, values, weights, none)
     return SpectralDensity(
         nodes=values,
@@ -110,7 +115,7 @@ def exact_density(values: Tensor, grid: str | Tensor, products: Products) -> Spe
         density=density,
         cdf=cumulative(points, density),
         std_error=torch.zeros_like(density),
-        first_moments=values.mean().reshape(1),
+        first_moments=(weights @ values).reshape(1),
         lambda_max=float(values[-1]),
         lambda_min=float(values[0]),
         num_matvecs=products.count,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gradcond.curvature.condition import FLOOR, ConditionNumber
+from gradcond.curvature.condition import ConditionNumber, condition_of
 from gradcond.curvature.dense import eigenvalues
 from gradcond.curvature.density import SpectralDensity, exact_density
 from gradcond.curvature.operators import Products
+from gradcond.curvature.root import eigenvalues_by_root, with_zeros
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class ExactSpectrum:
     eigenvalues: Tensor  # (n,) ascending
     error: float  # bound on the error of each: rounding, and the asymmetry of the products
     trace: float
-    density: SpectralDensity  # its nodes are the eigenvalues, each of weight 1/n; no sampling error
+    density: SpectralDensity  # its nodes are the eigenvalues, of weight 1/n a copy; no sampling error
     condition: ConditionNumber
     num_matvecs: int
 
@@ -40,7 +39,7 @@ def exact_spectrum(
 
     It takes n products, n^2 numbers of memory and O(n^3) time, and leaves nothing to estimate: below a few
     thousand parameters it costs less than the estimates do, and it resolves what they cannot, the bulk next to
-    zero.
+    zero. GGN and Fisher matrices of r <= n outputs take r / 2 products, r n numbers and O(n r^2) time instead.
 
     Args:
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
@@ -61,35 +60,13 @@ def exact_spectrum(
         (tensor([1., 3.], dtype=torch.float64), 3.0)
     """
     products = Products(A, progress)
-    values, error = eigenvalues(products, chunk)
+    values, error = eigenvalues_by_root(products, products.n) or eigenvalues(products, chunk)
+    nodes = with_zeros(values, products.n, 1)
     return ExactSpectrum(
-        eigenvalues=values,
+        eigenvalues=with_zeros(values, products.n),
         error=error,
         trace=float(values.sum()),
-        density=exact_density(values, grid, products),
-        condition=_condition(values, error, tol, products.count),
+        density=exact_density(nodes, grid, products),
+        condition=condition_of(nodes, error, tol, products.count),
         num_matvecs=products.count,
-    )
-
-
-def _condition(values: Tensor, error: float, tol: float, count: int) -> ConditionNumber:
-    sizes = values.abs()
-    top, floor = float(sizes.max()), FLOOR * error
-    above = sizes[sizes > floor]
-    settled = above[error <= tol * above]
-    smallest = float(settled.min()) if len(settled) else math.nan
-    bound = max(1.0, (top - error) / (float(above.min()) + error)) if len(above) else 1.0
-    if bound * smallest > (1 + 2 * tol) * top:  # something smaller is there, not known to tol
-        smallest = math.nan
-    return ConditionNumber(
-        kappa=top / smallest,
-        lambda_max=float(values[-1]),
-        lambda_min=float(values[0]),
-        lambda_min_nonzero=smallest,
-        noise_floor=floor,
-        resolved=not math.isnan(smallest),
-        converged=len(settled) == len(above),
-        kappa_lower_bound=bound,
-        lower_bounds=torch.tensor([bound], dtype=torch.float64, device="cpu"),
-        num_matvecs=count,
     )

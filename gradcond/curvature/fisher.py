@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class MonteCarloFisher(GaussNewtonOperator):
 
     def _mean(self, *args: Any) -> Tensor:
         for _ in range(2):
-            self._count, self._moved = 0, False
+            self._moved = False
             mean = super()._mean(*args)
             if not self._moved:
                 return mean
@@ -122,6 +123,10 @@ class MonteCarloFisher(GaussNewtonOperator):
         total, (*numbers, moved) = super()._add_up(total, [*numbers, moved], error)
         self._moved = bool(moved)
         return total, numbers
+
+    def _evaluations(self, drawn: Iterator[Any]) -> Iterator[Evaluation]:
+        self._count = 0
+        return super()._evaluations(drawn)
 
     def _evaluation(self, batch: Any, *parameters: Any) -> Evaluation:
         evaluation = super()._evaluation(batch, *parameters)

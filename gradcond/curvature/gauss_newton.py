@@ -11,8 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gradcond.curvature.loss_operator import Evaluation, LossOperator
+from gradcond.curvature.memory import SHARE, available
+from gradcond.curvature.objective import Mean, divisor
+from gradcond.curvature.operators import working_dtype
 from gradcond.curvature.passes import tensors_in
 from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent, roots, warm_forward_mode
+from gradcond.curvature.root import Root, root_of
+from gradcond.curvature.vectors import parts_of
 
 Bend = Callable[[Parts, bool], Parts]  # the product with B
 
@@ -74,6 +79,53 @@ class GaussNewtonOperator(LossOperator):
             return grad(tops, parameters, bend(pushed, batched), batched=batched, free=True)
 
         return product
+
+    def root(self, most: int, progress: Callable[[int], Any] | None = None) -> Root | None:
+        """R with R^T diag(signs) R equal to the matrix: B = C diag(signs) C^T of every batch gives rows C^T J.
+
+        Each row takes one backward pass, about half a product. None where J has more than ``most`` rows, or where
+        they do not fit into memory, and of several processes.
+        """
+        if self.processes.several or self.made_by is not None:
+            return None
+        size, mean = 0, Mean()
+        with self._drawn(self._seed) as drawn:
+            for evaluation in self._evaluations(drawn):
+                size += sum(z.numel() for z in self._evaluate(evaluation)[0])
+                if size > most or not self._fit(size):
+                    return None
+                assert evaluation.share is not None
+                mean.shares.append(evaluation.share)
+        mean.check()
+        scale = float(divisor(*mean.sums)) ** 0.5
+        rows = torch.empty(size, self.shape[0], dtype=working_dtype(self.dtype), device=self.device)
+        signs, eps, left = [], torch.finfo(self.dtype).eps, enumerate(rows)
+        with self._drawn(self._seed) as drawn:
+            for evaluation in self._evaluations(drawn):
+                tops, bend = self._evaluate(evaluation)
+                columns, own = root_of(_written_out(tops, bend), eps)
+                signs.append(own.cpu())
+                for column, (i, row) in zip(columns.mT, left, strict=False):
+                    slopes = grad(tops, evaluation.parameters, parts_of(column, tops))
+                    torch.cat([g.flatten().to(rows) for g in slopes], out=row)
+                    if i % 2 == 0 and progress is not None:
+                        progress(1)
+        found = torch.cat(signs)
+        self.num_matvecs += (len(found) + 1) // 2
+        return Root(rows[: len(found)].div_(scale), found)
+
+    def _fit(self, size: int) -> bool:
+        """Whether there is memory for so many rows, and for the products with them."""
+        free = available(self.device)
+        needed = 2 * size * self.shape[0] * working_dtype(self.dtype).itemsize
+        return free is None or needed < SHARE * free
+
+
+def _written_out(tops: Sequence[Tensor], bend: Bend) -> Tensor:
+    """B (m, m), in float64, from its columns."""
+    identity = torch.eye(sum(z.numel() for z in tops), dtype=tops[0].dtype, device=tops[0].device)
+    columns = [bend(parts_of(column, tops), False) for column in identity]
+    return torch.stack([torch.cat([part.detach().flatten().double() for part in own]) for own in columns])
 
 
 def outputs_along(evaluation: Evaluation, names: Sequence[str], parts: Mapping[str, Tensor]) -> list[Tensor]:

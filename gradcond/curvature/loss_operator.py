@@ -273,6 +273,14 @@ class LossOperator(Operator):
         with left_as_found(self.model, self.model.parameters(), self.data, seed):
             yield batches(self.data, self.device, self.objective.takes_pairs)
 
+    def _evaluations(self, drawn: Iterator[Any]) -> Iterator[Evaluation]:
+        """Those of the batches of one pass that weigh something."""
+        parameters = self.parameters
+        for batch in drawn:
+            weight = self.objective.weight(batch)
+            if weight is None or float(weight) != 0:
+                yield self._evaluation(batch, parameters)
+
     def _evaluation(self, batch: Any, parameters: Sequence[Tensor] = ()) -> Evaluation:
         return Evaluation(self.model, self.objective, batch, parameters)
 
@@ -324,14 +332,10 @@ class LossOperator(Operator):
         mean, added, error = Mean(), self._sum(size), None
         try:
             with self._drawn(self._seed) as drawn:
-                parameters = self.parameters
-                for batch in drawn:
-                    weight = self.objective.weight(batch)
-                    if weight is None or float(weight) != 0:
-                        evaluation = self._evaluation(batch, parameters)
-                        added.add(of_batch(evaluation))
-                        assert evaluation.share is not None
-                        mean.shares.append(evaluation.share)
+                for evaluation in self._evaluations(drawn):
+                    added.add(of_batch(evaluation))
+                    assert evaluation.share is not None
+                    mean.shares.append(evaluation.share)
             mean.check()
         except Exception as caught:
             if not self.processes.several:

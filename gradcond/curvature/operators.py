@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gradcond.curvature.root import Root
 
 # largest asymmetry, relative to the norm, that rounding can explain; real mistakes are near 1
 ASYMMETRY = {torch.float64: 1e-5, torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -123,6 +126,12 @@ class Operator(ABC):
 
         return Block(self, index)
 
+    def root(self, most: int, progress: Callable[[int], Any] | None = None) -> Root | None:
+        """R of at most ``most`` rows with A = R^T diag(signs) R, None where none is known.
+
+        ``progress`` is called with the number of products just done; two rows count as one.
+        """
+
     def check_deterministic(self) -> float:
         """The largest relative difference of two equal products, among the operators that it is made of.
 
@@ -222,12 +231,14 @@ class Products:
         if not isinstance(product, Tensor) or product.shape != v.shape:
             got = f"shape {tuple(product.shape)}" if isinstance(product, Tensor) else type(product).__name__
             raise ValueError(f"expected a product that is a tensor of shape {tuple(v.shape)}, got {got}")
-        product = product.detach().to(self.work_dtype)
-        columns = 1 if v.ndim == 1 else v.shape[1]
+        self.add(1 if v.ndim == 1 else v.shape[1])
+        return product.detach().to(self.work_dtype)
+
+    def add(self, columns: int) -> None:
+        """So many have been done."""
         self.count += columns
         if self.progress is not None:
             self.progress(columns)
-        return product
 
     def check_symmetry(self, asymmetry: float, scale: float) -> None:
         """Raise unless |<u, A v> - <A u, v>| is rounding beside the scale of A."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from gradcond.curvature.composed import Block, as_operator
 from gradcond.curvature.factors import Factor, require_factor
 from gradcond.curvature.operators import Operator, generator_from, normal, working_dtype
+from gradcond.curvature.root import Root
 
 
 class Preconditioned(Operator):
@@ -71,6 +73,11 @@ class Preconditioned(Operator):
 
         P = Factor(partial(restricted, "factor"), partial(restricted, "factor_transpose"))
         return Preconditioned(self.H.block(own), P)
+
+    def root(self, most: int, progress: Callable[[int], Any] | None = None) -> Root | None:
+        """That of H, mapped by P^T."""
+        root = self.H.root(most, progress)
+        return None if root is None else root.mapped(partial(self._apply, "factor_transpose"))
 
     def _apply(self, name: str, v: Tensor) -> Tensor:
         out = getattr(self.M, name)(v)

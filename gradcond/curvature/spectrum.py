@@ -13,6 +13,7 @@ from gradcond.curvature.density import SpectralDensity, exact_density
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from, signs
 from gradcond.curvature.pooling import pooled
+from gradcond.curvature.root import eigenvalues_by_root, with_zeros
 from gradcond.curvature.smoothing import cumulative, evaluation_grid, smooth
 
 BLOCK = 8  # columns multiplied together where all are
@@ -37,7 +38,8 @@ def spectral_density(
     its eigenvectors the weights, exact for polynomials of degree 2 m - 1. Where n is small beside the products,
     each probe splits its m steps over several starts, and the bases of all are pooled: what the other starts have
     found is known, and a start samples the rest (`gradcond.curvature.pooling`). A matrix of
-    n <= num_matvecs num_probes is multiplied out instead, and exact.
+    n <= num_matvecs num_probes is multiplied out instead, and exact; so is one of few outputs, see
+    `condition_number`.
 
     The density puts a Gaussian on each node, as wide as the node is uncertain (its residual, at most the
     distance to its neighbours), so a converged outlier stays sharp beside a smooth bulk. Scaling A scales the
@@ -74,8 +76,12 @@ def spectral_density(
     if num_matvecs < 1 or num_probes < 1:
         raise ValueError(f"expected at least one product and one probe, got {num_matvecs} and {num_probes}")
     products, generator = Products(A, progress), generator_from(seed)
-    if products.n <= num_matvecs * num_probes:
-        return exact_density(eigenvalues(products, BLOCK)[0], grid, products)
+    budget = num_matvecs * num_probes
+    known = eigenvalues_by_root(products, min(2 * (budget - 1), products.n, POOL // products.n))
+    if known is None and products.n <= budget:
+        known = eigenvalues(products, BLOCK)
+    if known is not None:
+        return exact_density(with_zeros(known[0], products.n, 1), grid, products)
     measures = [pooled(runs) for runs in _pools(products, num_matvecs, num_probes, generator)]
     points = evaluation_grid(grid, torch.cat([nodes for nodes, _, _ in measures]), products.eps)
     # one curve per probe, each of mass one: their mean is the density, their scatter its error
