@@ -93,6 +93,18 @@ def test_condition_numbers_of_few_outputs_are_exact(seed, sizes, dtype, error):
     assert c.lambda_min == 0 and c.lambda_max == pytest.approx(float(values[-1]), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("seed", range(5))
+def test_short_dtypes_resolve_what_is_above_their_floor(seed, dtype):
+    model, data = network(seed), batches([7, 3], seed=seed)
+    values = torch.linalg.eigvalsh(GGN(model, nn.CrossEntropyLoss(), data).to_dense())
+    short = [(inputs.to(dtype), targets) for inputs, targets in data]
+    c = condition_number(GGN(model.to(dtype), nn.CrossEntropyLoss(), short))
+    kappa = float(values[-1] / values[values > c.noise_floor].min())
+    assert c.resolved and c.kappa == pytest.approx(kappa, rel=2 * c.noise_floor / c.lambda_min_nonzero)
+    assert c.kappa_lower_bound <= kappa * (1 + 1e-6)
+
+
 def test_data_that_repeat_themselves_add_no_eigenvalue():
     model, ((inputs, targets),) = network().float(), batches([12])
     once = [(inputs.float(), targets)]

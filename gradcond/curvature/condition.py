@@ -111,7 +111,8 @@ def condition_number(
         return _zero_matrix(products)
     known = eigenvalues_by_root(products, min(2 * (max_matvecs - products.count), products.n), (z, start))
     if known is not None:
-        return condition_of(with_zeros(known[0], products.n, 1), known[1], tol, products.count)
+        # to tol beside what products lack of A, as below: all that is above the floor counts
+        return condition_of(with_zeros(known[0], products.n, 1), known[1], max(tol, 1 / FLOOR), products.count)
     lanczos = Lanczos(products, start, generator=generator, breakdown=FLOOR)
     bounds, history, confirmed = [1.0], [], False
     # one product is kept for the certificate, one for the null space
