@@ -203,6 +203,15 @@ def test_ratios_that_cannot_be_told_from_infinity():
         d.ratio(1.5)
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_quantiles_count_eigenvalues_that_are_zero(shift):
+    d = spectral_density(torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0])) + shift * torch.eye(5))
+    assert [d.quantile(q) - shift for q in (0.5, 0.7, 0.9)] == [0, 1, 2]
+    assert d.quantile(0.5, absolute=True) == shift and d.quantile(0.5, above=shift) == shift + 1
+    assert d.ratio().estimate == (3 if shift else np.inf)
+    assert d.ratio(above=shift).estimate == (3 / 2 if shift else 2)
+
+
 def test_the_same_seed_gives_the_same_density():
     A = bulk_with_outliers(0)[0]
     one, same, other = (spectral_density(A, 32, 3, seed) for seed in (1, 1, 2))

@@ -47,8 +47,8 @@ class SpectralDensity:
     lambda_min: float  # smallest node
     num_matvecs: int  # of all probes
 
-    def quantile(self, q: float, absolute: bool = False, above: float = 0.0) -> float:
-        """The eigenvalue (or |eigenvalue|) below which the share q lies, among those with |lambda| > above.
+    def quantile(self, q: float, absolute: bool = False, above: float = -math.inf) -> float:
+        """The eigenvalue (or |eigenvalue|) below which the share q lies, among all or those with |lambda| > above.
 
         nan when there is none.
         """
@@ -56,13 +56,14 @@ class SpectralDensity:
         values = self.nodes.abs() if absolute else self.nodes
         return _quantile(values[kept], self.weights[kept], q)
 
-    def ratio(self, q: float = 0.5, above: float = 0.0) -> Ratio:
+    def ratio(self, q: float = 0.5, above: float = -math.inf) -> Ratio:
         """How far the spectrum stands out of its bulk: max|lambda| / |lambda|_q, and what it is uncertain by.
 
-        |lambda|_q is the quantile q of the |lambda| > above. The standard error is half the way between the
-        ratios at q minus and q plus one standard error of the share below |lambda|_q, taken over the probes. The
-        resolution is half the way between the ratios when all nodes are moved by their residuals, outwards and
-        inwards: infinite where the quantile cannot be told from zero. Both are zero for an exact spectrum.
+        |lambda|_q is the quantile q of all |lambda|, or of those > above. The standard error is half the way
+        between the ratios at q minus and q plus one standard error of the share below |lambda|_q, taken over the
+        probes. The resolution is half the way between the ratios when all nodes are moved by their residuals,
+        outwards and inwards: infinite where the quantile cannot be told from zero. Both are zero for an exact
+        spectrum otherwise.
 
         References:
             R. S. Woodruff, Confidence intervals for medians and other position measures, 1952.
