@@ -32,7 +32,8 @@ class SpectralDensity:
         1.000 5.000
     """
 
-    nodes: Tensor  # (m,) ascending Ritz values; those that probes share are repeated for each
+    # (m,) ascending Ritz values, zero where they cannot be told from it; what probes share is repeated for each
+    nodes: Tensor
     weights: Tensor  # (m,) their sum is one
     residuals: Tensor  # (m,) |A y - theta y|: what a node stands for lies about that near
     probes: Tensor  # (m,) the probe a node belongs to
@@ -47,23 +48,23 @@ class SpectralDensity:
     lambda_min: float  # smallest node
     num_matvecs: int  # of all probes
 
-    def quantile(self, q: float, absolute: bool = False, above: float | None = None) -> float:
-        """The eigenvalue (or |eigenvalue|) below which the share q lies, of all or of those with |lambda| > above.
+    def quantile(self, q: float, absolute: bool = False, above: float = -math.inf) -> float:
+        """The eigenvalue (or |eigenvalue|) below which the share q lies, among all or those with |lambda| > above.
 
         nan when there is none.
         """
-        kept = self._above(above)
+        kept = self.nodes.abs() > above
         values = self.nodes.abs() if absolute else self.nodes
         return _quantile(values[kept], self.weights[kept], q)
 
-    def ratio(self, q: float = 0.5, above: float | None = None) -> Ratio:
+    def ratio(self, q: float = 0.5, above: float = -math.inf) -> Ratio:
         """How far the spectrum stands out of its bulk: max|lambda| / |lambda|_q, and what it is uncertain by.
 
         |lambda|_q is the quantile q of all |lambda|, or of those > above. The standard error is half the way
         between the ratios at q minus and q plus one standard error of the share below |lambda|_q, taken over the
         probes. The resolution is half the way between the ratios when all nodes are moved by their residuals,
         outwards and inwards: infinite where the quantile cannot be told from zero. Both are zero for an exact
-        spectrum.
+        spectrum otherwise.
 
         References:
             R. S. Woodruff, Confidence intervals for medians and other position measures, 1952.
@@ -73,7 +74,7 @@ class SpectralDensity:
             >>> spectral_density(torch.diag(torch.tensor([1.0, 1.0, 1.0, 5.0]))).ratio()
             Ratio(estimate=5.0, std_error=0.0, resolution=0.0)
         """
-        sizes, kept = self.nodes.abs(), self._above(above)
+        sizes, kept = self.nodes.abs(), self.nodes.abs() > above
         top, error = float(sizes.max()), 0.0
         middle = _quantile(sizes[kept], self.weights[kept], q)
         if bool((self.std_error != 0).any()):
@@ -87,9 +88,6 @@ class SpectralDensity:
             std_error=(top / low - top / high) / 2 if low else math.inf,
             resolution=(most - least) / 2 if far else math.inf,
         )
-
-    def _above(self, above: float | None) -> Tensor:
-        return self.nodes.abs() > (-1.0 if above is None else above)
 
     def _share_error(self, kept: Tensor, below: Tensor) -> float:
         """Standard error of the share of the nodes below among those kept, over the probes; nan for one."""

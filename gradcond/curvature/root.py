@@ -80,10 +80,11 @@ def eigenvalues_by_root(
     z, image = known
     values = root.eigenvalues()
     top = max(values.abs().tolist(), default=0.0)
-    # of a random matrix E of this size |E z| / |z| is half the norm
-    error = 2 * float((image - root @ z).norm() / z.norm())
+    rounding = len(values) * torch.finfo(values.dtype).eps * top  # of the decomposition, as of any dense matrix
+    error = 2 * float((image - root @ z).norm() / z.norm())  # |E z| / |z| is half the norm of a random matrix E
     products.check_symmetry(error, top)
-    return values, max(products.eps * top, error)
+    values[values.abs() <= rounding] = 0.0
+    return values, max(products.eps * top, rounding, error)
 
 
 def with_zeros(values: Tensor, n: int, most: int | None = None) -> Tensor:
