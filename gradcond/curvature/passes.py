@@ -29,12 +29,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of lists, tuples and dicts with the function applied to each tensor."""
-    if isinstance(tree, Tensor):
+def _is_tensor(thing: Any) -> bool:
+    return isinstance(thing, Tensor)
+
+
+def _can_move(thing: Any) -> bool:
+    """Tensors, and objects that move their own: packed sequences, tokenized text, graphs."""
+    return hasattr(thing, "to")
+
+
+def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: Callable[[Any], bool] = _is_tensor) -> Any:
+    """The same nest of lists, tuples and dicts with the function applied to each tensor, or other leaf."""
+    if leaf(tree):
         return function(tree)
     if isinstance(tree, Mapping):
-        mapped = {key: map_tensors(value, function) for key, value in tree.items()}
+        mapped = {key: map_tensors(value, function, leaf) for key, value in tree.items()}
         if isinstance(tree, dict) and type(tree) is not dict:  # a dict with attributes (model outputs)
             result = copy.copy(tree)
             for key, value in mapped.items():
@@ -42,9 +51,9 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
             return result
         return mapped
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(part, function) for part in tree))
+        return type(tree)(*(map_tensors(part, function, leaf) for part in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(part, function) for part in tree)
+        return type(tree)(map_tensors(part, function, leaf) for part in tree)
     return tree
 
 
@@ -74,7 +83,7 @@ def batches(data: Iterable[Any], device: torch.device, pairs: bool) -> Iterator[
                 f"expected batches (input, target), got {type(batch).__name__}{length} as batch {index}; wrap a "
                 "loss that calls the model itself: ModelLoss(lambda model, batch: ...)"
             )
-        yield moved(batch) if hasattr(batch, "to") else map_tensors(batch, moved)
+        yield map_tensors(batch, moved, _can_move)
 
 
 def num_batches(data: Iterable[Any]) -> int | None:
