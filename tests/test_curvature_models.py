@@ -320,6 +320,29 @@ def test_what_moves_its_own_tensors_is_moved_by_itself():
     assert graph.nodes.device == y.device == meta
 
 
+def standardizing(m, x):
+    return m.inner(x.sub_(0.3).div_(1.5))
+
+
+def one_based(output, target):
+    return F.cross_entropy(output, target.sub_(1))
+
+
+@pytest.mark.parametrize("sizes", [[6], [4, 2]], ids=str)
+@pytest.mark.parametrize("method", ["auto", "double_backward", "forward_over_reverse"])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_models_and_losses_that_write_to_the_batch(kind, method, sizes):
+    model, x, y = Lambda(standardizing, inner=mlp()), torch.randn(6, 4), torch.randint(1, 4, (6,))
+    exact = dense(kind, model, lambda: model(x.clone()), lambda z: one_based(z, y.clone()))
+    parts = list(zip(x.clone().split(sizes), y.clone().split(sizes), strict=True))
+    weighted = {"weight_fn": lambda batch: len(batch[1]), "method": method}
+    assert_same_operator(kind(model, one_based, parts, **weighted), exact)
+    own = ModelLoss(one_based, output=lambda model, batch: model(batch[0]), target=lambda batch: batch[1])
+    assert_same_operator(kind(model, own, parts, **weighted), exact)
+    assert torch.equal(torch.cat([part[0] for part in parts]), x)
+    assert torch.equal(torch.cat([part[1] for part in parts]), y)
+
+
 class Once(torch.autograd.Function):
     """A tanh whose backward cannot be differentiated."""
 

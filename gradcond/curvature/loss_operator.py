@@ -67,8 +67,11 @@ class Evaluation:
 
     def loss(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The numerator of the batch, a scalar."""
-        output = self(self.objective.output, parameters)
-        value, self.share = self.objective.of(output, self.batch)
+
+        def of_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Share]:
+            return self.objective.of(self.objective.output(model, batch), batch)
+
+        value, self.share = self(of_batch, parameters)
         return value
 
 

@@ -71,11 +71,6 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 def batches(data: Iterable[Any], device: torch.device, pairs: bool) -> Iterator[Any]:
     """The batches of the data, on the device; as pairs (input, target) where asked for."""
-
-    def moved(t: Any) -> Any:
-        # an alias, so that requires_grad_() in a loss marks it and not the data
-        return t.to(device).detach() if isinstance(t, Tensor) else t.to(device)
-
     for index, batch in enumerate(data):
         if pairs and (not isinstance(batch, list | tuple) or len(batch) != 2):
             length = f" of length {len(batch)}" if isinstance(batch, list | tuple) else ""
@@ -83,7 +78,7 @@ def batches(data: Iterable[Any], device: torch.device, pairs: bool) -> Iterator[
                 f"expected batches (input, target), got {type(batch).__name__}{length} as batch {index}; wrap a "
                 "loss that calls the model itself: ModelLoss(lambda model, batch: ...)"
             )
-        yield map_tensors(batch, moved, _can_move)
+        yield map_tensors(batch, lambda thing: thing.to(device), _can_move)
 
 
 def num_batches(data: Iterable[Any]) -> int | None:
@@ -108,8 +103,9 @@ class _Whole(nn.Module):
 def call(
     function: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any, parameters: Mapping[str, Tensor]
 ) -> Any:
-    """``function(model, batch)`` with other parameters in place; the buffers stay as they are."""
-    # each call gets its own copy of the buffers, so running statistics and the like move in the copy
+    """``function(model, batch)`` with other parameters in place; buffers and batch stay as they are."""
+    # each call gets its own copies, so running statistics move there, and what is written to an input is
+    batch = map_tensors(batch, lambda t: t.detach().clone() if isinstance(t, Tensor) else t, _can_move)
     others = {id(buffer): buffer.clone() for buffer in model.buffers()}
     if parameters:
         others |= {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
