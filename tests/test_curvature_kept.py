@@ -73,6 +73,14 @@ def the_class_weights(model, x, y, loss):
     loss.weight.mul_(torch.tensor([1.0, 2.0, 3.0]))
 
 
+def other_class_weights(model, x, y, loss):
+    loss.weight = torch.tensor([1.0, 2.0, 3.0])
+
+
+def the_reduction(model, x, y, loss):
+    loss.reduction = "sum"
+
+
 def a_module(model, x, y, loss):
     model[2] = nn.Sigmoid()
 
@@ -85,7 +93,8 @@ CHANGES = {
     function.__name__: function
     for function in (
         *(replace_weight, load, to_train, through_data, in_place, new_storage, two_swapped, a_buffer, a_setting),
-        *(the_input, the_target, the_loss, the_class_weights, a_module, a_hook),
+        *(the_input, the_target, the_loss, the_class_weights, other_class_weights),
+        *(the_reduction, a_module, a_hook),
     )
 }
 
