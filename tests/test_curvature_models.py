@@ -48,6 +48,11 @@ def with_parameter(module, **parameters):
     return module
 
 
+def with_scalars():
+    model = Lambda(lambda m, x: m.inner(x) * m.temperature.exp(), inner=mlp())
+    return with_parameter(model, temperature=torch.tensor(0.5), unused=torch.tensor(1.0), empty=torch.empty(0, 3))
+
+
 def tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
     model[2].weight = model[0].weight
@@ -110,6 +115,7 @@ MODELS = {
     "shared module": (shared, (4,)),
     "frozen": (frozen, (4,)),
     "linear in the loss": (lambda: with_parameter(Lambda(scaled, inner=mlp()), shift=torch.zeros(3)), (4,)),
+    "scalars and empty": (with_scalars, (4,)),
     "dropout off": (lambda: mlp(nn.Dropout(0.5)).eval(), (4,)),
     "compiled": (lambda: torch.compile(mlp(), backend="eager"), (4,)),
     "checkpointed": (checkpointed, (4,)),

@@ -427,7 +427,7 @@ class LossOperator(Operator):
         generator, dtype = generator_from(0), working_dtype(self.dtype)
         # each its own memory: tangents that are views of a vector would be copied
         options: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
-        drawn = [torch.randn(*columns, *p.shape, **options) for p in parameters]
+        drawn = [torch.randn((*columns, *p.shape), **options) for p in parameters]
         return [part.to(p) for part, p in zip(drawn, parameters, strict=True)]
 
     def _rows(
