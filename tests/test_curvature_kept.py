@@ -257,6 +257,26 @@ def test_the_copy_of_a_tensor(dtype):
     assert _Copy(torch.ones(0)).holds(torch.ones(0))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", [torch.jit.script, torch.fx.symbolic_trace])
+@pytest.mark.parametrize("change", [to_train, through_data, in_place, a_buffer])
+def test_models_in_other_forms_are_watched(form, change):
+    class Layers(list):
+        """The model's, by number."""
+
+        train = staticmethod(lambda: model.train())
+
+    model, x, y = problem()
+    model = form(model)
+    H = Hessian(model, F.cross_entropy, [(x, y)], method="double_backward")
+    v = torch.randn(H.shape[0])
+    once, kept = H @ v, H._kept
+    assert torch.equal(H @ v, once) and H._kept is kept
+    change(Layers(model.children()), x, y, None)
+    torch.testing.assert_close(H @ v, Hessian(model, F.cross_entropy, [(x, y)]) @ v, rtol=0, atol=1e-13)
+    assert H._kept is not kept
+
+
 def test_a_loader_of_one_batch_is_read_again():
     model, x, y = problem()
     inputs = TensorDataset(x, y)

@@ -140,7 +140,7 @@ class _Walk:
         return sizes == self._sizes and all(map(operator.is_, parts, self._parts))
 
     def _visit(self, thing: Any, depth: int) -> None:
-        if isinstance(thing, PLAIN):
+        if isinstance(thing, (*PLAIN, _Same)):
             self.plain.append(thing)
         elif id(thing) in self._seen:
             self.plain.append(_Same(thing))
@@ -157,7 +157,8 @@ class _Walk:
                 self._visit(part, below)
 
     def _watch(self, thing: Any, depth: int) -> None:
-        if isinstance(thing, np.ndarray) or (isinstance(thing, Mapping) and type(thing) not in _TABLES):
+        foreign = isinstance(thing, Mapping) and type(thing) not in _TABLES
+        if foreign or isinstance(thing, np.ndarray | torch.jit.ScriptModule):
             self._steady = False
         elif type(thing) in _TABLES:
             self._tables.append(thing)
@@ -195,8 +196,8 @@ def _alike(some: list[Any], others: list[Any]) -> bool:
 
 
 def _is_own(thing: Any) -> bool:
-    """A function that is not torch's."""
-    return isinstance(thing, types.FunctionType) and not thing.__module__.startswith("torch.")
+    """A function that is not torch's; one made by exec, as torch.fx does, may be of no module."""
+    return isinstance(thing, types.FunctionType) and not (thing.__module__ or "").startswith("torch.")
 
 
 def _has_settings(thing: Any, depth: int) -> bool:
@@ -226,6 +227,9 @@ def _parts(thing: Any, depth: int) -> Iterator[Any]:
     elif isinstance(thing, types.FunctionType):
         if _is_own(thing):
             yield from _of_function(thing)
+    elif isinstance(thing, torch.jit.ScriptModule):
+        yield from (m.training for m in thing.modules())
+        yield from (*thing.parameters(), *thing.buffers())
     elif _has_settings(thing, depth):
         if isinstance(thing, nn.Module) and _is_own(type(thing).forward):
             yield type(thing).forward
