@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
+
+from gradcond.curvature.substitutes import Substituted, needs_substitutes
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -152,7 +151,7 @@ def _switched(modules: Sequence[nn.Module]) -> Iterator[None]:
     dynamo = "torch._dynamo" in sys.modules
     # cuDNN's recurrent kernels have none
     recurrent = torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in modules)
-    normalized = any(map(_normalizes_weights, modules))
+    substituted = any(map(needs_substitutes, modules))
     before = [get() for get, _, _ in SWITCHES]
     try:
         for _, put, wanted in SWITCHES:
@@ -160,27 +159,12 @@ def _switched(modules: Sequence[nn.Module]) -> Iterator[None]:
         with (
             torch.compiler.set_stance("force_eager") if dynamo else nullcontext(),  # compiled parts as written
             torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
-            _WeightNormStepwise() if normalized else nullcontext(),
+            Substituted() if substituted else nullcontext(),
         ):
             yield
     finally:
         for (_, put, _), found in zip(SWITCHES, before, strict=True):
             put(found)
-
-
-def _normalizes_weights(m: nn.Module) -> bool:
-    return isinstance(m, _WeightNorm) or any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())
-
-
-class _WeightNormStepwise(TorchFunctionMode):
-    """Weight normalization by differentiable steps: the second derivative of torch's kernel is wrong."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_normalized if func is torch._weight_norm else func)(*args, **(kwargs or {}))
-
-
-def _normalized(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextmanager
