@@ -152,6 +152,7 @@ def test_unknown_weights_raise(name):
 RETURNED = {
     "denominator with a graph": (lambda z, y: (z.sum(), z.sum()), "denominator that is one number, constant"),
     "a model's tuple": (lambda z, y: (z.sum(), z.detach()), r"one number, .*got shape \(4, 3, 2\)"),
+    "a loss with a log": (lambda z, y: (z.sum(), {"accuracy": 1.0}), "one number, .*got dict; .* the loss alone"),
     "text": (lambda z, y: "loss", "scalar tensor, got str"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -114,10 +115,10 @@ class Objective:
             elif isinstance(value, Tensor) and value.shape == getattr(denominator, "shape", None):
                 value, denominator = value.sum(), denominator.sum()  # one entry a datum
         value = _scalar(value)
-        if isinstance(denominator, Tensor) and (denominator.requires_grad or denominator.numel() != 1):
+        if denominator is not None and not _is_number(denominator):
             raise ValueError(
                 "expected (numerator, denominator) with a denominator that is one number, constant in the "
-                f"parameters, got shape {tuple(denominator.shape)}; sum and detach it, or return the loss alone"
+                f"parameters, got {_shown(denominator)}; sum and detach it, or return the loss alone"
             )
         return value, Share(value.detach(), denominator, kind)
 
@@ -169,12 +170,21 @@ def _pair(result: Any) -> tuple[Any, Any]:
 
 def _scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"expected loss_fn to return a scalar tensor, got {got}; reduce by mean or sum, or return a pair "
-            "(numerator, denominator)"
+            f"expected loss_fn to return a scalar tensor, got {_shown(value)}; reduce by mean or sum, or return a "
+            "pair (numerator, denominator)"
         )
     return value.reshape(())
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.requires_grad
+    return isinstance(value, Real)
+
+
+def _shown(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _rows(batch: Any) -> int | None:
