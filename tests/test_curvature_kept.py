@@ -1,5 +1,6 @@
 """The graph that is kept for a single batch sees every change of what it depends on."""
 
+import dataclasses
 import functools
 import math
 import types
@@ -255,6 +256,30 @@ def test_the_copy_of_a_tensor(dtype):
     assert not held.holds(t)
     assert not _Copy(torch.ones(2, 3).mT).bytes and _Copy(torch.ones(2, 3).mT).holds(torch.ones(2, 3).mT)
     assert _Copy(torch.ones(0)).holds(torch.ones(0))
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("nest", [list, tuple, lambda own: dict(enumerate(own))], ids=["list", "tuple", "dict"])
+@pytest.mark.parametrize("kind", [Batch, Slotted])
+def test_objects_in_batches_are_watched(kind, nest):
+    model, x, y = problem()
+    batch = kind(x)
+    loss = ModelLoss(lambda model, pair: F.cross_entropy(model(pair[0][0].x), pair[1]))
+    H = Hessian(model, loss, [(nest([batch]), y)], method="double_backward")
+    v = torch.randn(H.shape[0])
+    once, kept = H @ v, H._kept
+    assert torch.equal(H @ v, once) and H._kept is kept
+    batch.x = 2 * x
+    torch.testing.assert_close(H @ v, dense_hessian(model, F.cross_entropy, 2 * x, y) @ v)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -152,7 +152,8 @@ class _Walk:
             self._seen.add(id(thing))
             self.plain.append(type(thing) if isinstance(thing, _NESTS) else _Same(thing))
             self._watch(thing, depth)
-            below = 2 if isinstance(thing, nn.Module) else depth + 1  # the settings of all modules count alike
+            below = depth if isinstance(thing, _NESTS) else depth + 1
+            below = 2 if isinstance(thing, nn.Module) else below  # the settings of all modules count alike
             for part in _parts(thing, depth):
                 self._visit(part, below)
 
@@ -167,8 +168,10 @@ class _Walk:
         elif _is_own(thing):
             self._functions.append(thing)
         elif _has_settings(thing, depth):
-            self._objects.append(thing)
-            self._attributes.append(vars(thing))
+            if hasattr(thing, "__dict__"):
+                self._objects.append(thing)
+                self._attributes.append(vars(thing))
+            self._steady = self._steady and not _slots(thing)
 
 
 class _Same:
@@ -203,7 +206,13 @@ def _is_own(thing: Any) -> bool:
 def _has_settings(thing: Any, depth: int) -> bool:
     if isinstance(thing, (*_NESTS, types.FunctionType, functools.partial, type, types.ModuleType)):
         return False
-    return isinstance(thing, nn.Module) or (hasattr(thing, "__dict__") and depth < 4)
+    return isinstance(thing, nn.Module) or (depth < 4 and (hasattr(thing, "__dict__") or bool(_slots(thing))))
+
+
+def _slots(thing: Any) -> list[str]:
+    """Attributes that stand beside the table of the others, or in its place."""
+    named = [vars(kind).get("__slots__", ()) for kind in type(thing).__mro__]
+    return [name for names in named for name in ([names] if isinstance(names, str) else names)]
 
 
 def _parts(thing: Any, depth: int) -> Iterator[Any]:
@@ -233,7 +242,8 @@ def _parts(thing: Any, depth: int) -> Iterator[Any]:
     elif _has_settings(thing, depth):
         if isinstance(thing, nn.Module) and _is_own(type(thing).forward):
             yield type(thing).forward
-        for name, value in vars(thing).items():
+        yield from (getattr(thing, name, None) for name in _slots(thing))
+        for name, value in getattr(thing, "__dict__", {}).items():
             # most of a module is empty tables of hooks: left out for speed; those of gradients are not run
             if name not in _UNUSED and value is not None and not (isinstance(value, dict) and not value):
                 yield name
