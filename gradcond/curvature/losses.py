@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class TorchLoss:
         if not self.is_mean:
             return self.loss_fn(output, target), None
         if self.has_class_targets(target):
-            return self.reduced("sum", output, target), self.class_weights(target).sum()
+            return self.reduced("sum", output, target), self.class_weights(target).sum(dtype=torch.float64)
         losses = self.reduced("none", output, target)
         return losses.sum(), output.shape[0] if self.options["reduction"] == "batchmean" else losses.numel()
 

@@ -113,7 +113,7 @@ class Objective:
             elif denominator is None:
                 value, denominator = _scalar(value) * weight, weight
             elif isinstance(value, Tensor) and value.shape == getattr(denominator, "shape", None):
-                value, denominator = value.sum(), denominator.sum()  # one entry a datum
+                value, denominator = value.sum(), denominator.sum(dtype=torch.float64)  # one entry a datum
         value = _scalar(value)
         if denominator is not None and not _is_number(denominator):
             raise ValueError(
@@ -145,7 +145,7 @@ class Objective:
                 "expected a loss of known terms: take one of torch's losses (with ModelLoss(..., output=)), or let "
                 "loss_fn return (numerators, denominators), both (N,), one entry a datum, without weight_fn"
             )
-        return terms, denominators, Share(terms.detach().sum(), denominators.sum())
+        return terms, denominators, Share(terms.detach().sum(), denominators.sum(dtype=torch.float64))
 
     def _result(self, output: Any, batch: Any) -> Any:
         return self.loss.loss_fn(output, self.target(batch)) if self.loss.output else output
@@ -236,6 +236,8 @@ class Mean:
     def sums(self) -> list[Any]:
         """The total weight, and of how many batches; then how many batches are sums, without a weight."""
         weights = [share.weight for share in self.shares if share.weight is not None]
+        # in double precision: in half, a sum stands still where it is 256 times what is added
+        weights = [weight.double() if isinstance(weight, Tensor) else weight for weight in weights]
         return [sum(weights), len(weights), len(self.shares) - len(weights)]
 
 
