@@ -1,5 +1,6 @@
 """The graph that is kept for a single batch sees every change of what it depends on."""
 
+import dataclasses
 import functools
 import math
 import types
@@ -73,6 +74,14 @@ def the_class_weights(model, x, y, loss):
     loss.weight.mul_(torch.tensor([1.0, 2.0, 3.0]))
 
 
+def other_class_weights(model, x, y, loss):
+    loss.weight = torch.tensor([1.0, 2.0, 3.0])
+
+
+def the_reduction(model, x, y, loss):
+    loss.reduction = "sum"
+
+
 def a_module(model, x, y, loss):
     model[2] = nn.Sigmoid()
 
@@ -85,7 +94,8 @@ CHANGES = {
     function.__name__: function
     for function in (
         *(replace_weight, load, to_train, through_data, in_place, new_storage, two_swapped, a_buffer, a_setting),
-        *(the_input, the_target, the_loss, the_class_weights, a_module, a_hook),
+        *(the_input, the_target, the_loss, the_class_weights, other_class_weights),
+        *(the_reduction, a_module, a_hook),
     )
 }
 
@@ -246,6 +256,50 @@ def test_the_copy_of_a_tensor(dtype):
     assert not held.holds(t)
     assert not _Copy(torch.ones(2, 3).mT).bytes and _Copy(torch.ones(2, 3).mT).holds(torch.ones(2, 3).mT)
     assert _Copy(torch.ones(0)).holds(torch.ones(0))
+
+
+@dataclasses.dataclass
+class Batch:
+    x: torch.Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+
+
+@pytest.mark.parametrize("nest", [list, tuple, lambda own: dict(enumerate(own))], ids=["list", "tuple", "dict"])
+@pytest.mark.parametrize("kind", [Batch, Slotted])
+def test_objects_in_batches_are_watched(kind, nest):
+    model, x, y = problem()
+    batch = kind(x)
+    loss = ModelLoss(lambda model, pair: F.cross_entropy(model(pair[0][0].x), pair[1]))
+    H = Hessian(model, loss, [(nest([batch]), y)], method="double_backward")
+    v = torch.randn(H.shape[0])
+    once, kept = H @ v, H._kept
+    assert torch.equal(H @ v, once) and H._kept is kept
+    batch.x = 2 * x
+    torch.testing.assert_close(H @ v, dense_hessian(model, F.cross_entropy, 2 * x, y) @ v)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("form", [torch.jit.script, torch.fx.symbolic_trace])
+@pytest.mark.parametrize("change", [to_train, through_data, in_place, a_buffer])
+def test_models_in_other_forms_are_watched(form, change):
+    class Layers(list):
+        """The model's, by number."""
+
+        train = staticmethod(lambda: model.train())
+
+    model, x, y = problem()
+    model = form(model)
+    H = Hessian(model, F.cross_entropy, [(x, y)], method="double_backward")
+    v = torch.randn(H.shape[0])
+    once, kept = H @ v, H._kept
+    assert torch.equal(H @ v, once) and H._kept is kept
+    change(Layers(model.children()), x, y, None)
+    torch.testing.assert_close(H @ v, Hessian(model, F.cross_entropy, [(x, y)]) @ v, rtol=0, atol=1e-13)
+    assert H._kept is not kept
 
 
 def test_a_loader_of_one_batch_is_read_again():

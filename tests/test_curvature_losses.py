@@ -119,6 +119,24 @@ def test_a_mean_over_lengths_is_of_unknown_weight():
         EmpiricalFisher(model, loss_fn, [(x, y)]) @ torch.ones(16)
 
 
+def each_masked(z, target):
+    y, mask = target
+    return F.cross_entropy(z, y, reduction="none") * mask, mask
+
+
+@pytest.mark.parametrize("kind", [Hessian, GGN, EmpiricalFisher])
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss, masked, each_masked], ids=lambda loss: loss.__name__)
+def test_weights_in_half_precision_add_up(loss_fn, kind):
+    model, x, y = nn.Linear(4, 3).bfloat16(), torch.randn(8, 4).bfloat16(), torch.randint(0, 3, (8,))
+    target = y, torch.ones(8).bfloat16()
+    if loss_fn is nn.CrossEntropyLoss:
+        loss_fn, target = loss_fn(weight=CLASS_WEIGHT.bfloat16()), y
+    elif kind is EmpiricalFisher:
+        loss_fn = each_masked
+    once = kind(model, loss_fn, [(x, target)]).to_dense()
+    torch.testing.assert_close(kind(model, loss_fn, [(x, target)] * 300).to_dense(), once)
+
+
 X, Y = torch.randn(4, 4).double(), torch.randint(0, 3, (4, 2))
 LABELS = torch.tensor([[0, 1], [2, -100], [0, 1], [2, 1]])
 UNEVEN = {
@@ -152,6 +170,7 @@ def test_unknown_weights_raise(name):
 RETURNED = {
     "denominator with a graph": (lambda z, y: (z.sum(), z.sum()), "denominator that is one number, constant"),
     "a model's tuple": (lambda z, y: (z.sum(), z.detach()), r"one number, .*got shape \(4, 3, 2\)"),
+    "a loss with a log": (lambda z, y: (z.sum(), {"accuracy": 1.0}), "one number, .*got dict; .* the loss alone"),
     "text": (lambda z, y: "loss", "scalar tensor, got str"),
 }
 

@@ -11,9 +11,11 @@ from dense_curvature import assert_same_operator, ggn_of, hessian_of, jacobian, 
 from torch import distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
+from gradcond.curvature.passes import batches
 
 
 class Lambda(nn.Module):
@@ -44,6 +46,11 @@ def with_parameter(module, **parameters):
     for name, value in parameters.items():
         module.register_parameter(name, nn.Parameter(value))
     return module
+
+
+def with_scalars():
+    model = Lambda(lambda m, x: m.inner(x) * m.temperature.exp(), inner=mlp())
+    return with_parameter(model, temperature=torch.tensor(0.5), unused=torch.tensor(1.0), empty=torch.empty(0, 3))
 
 
 def tied():
@@ -108,6 +115,7 @@ MODELS = {
     "shared module": (shared, (4,)),
     "frozen": (frozen, (4,)),
     "linear in the loss": (lambda: with_parameter(Lambda(scaled, inner=mlp()), shift=torch.zeros(3)), (4,)),
+    "scalars and empty": (with_scalars, (4,)),
     "dropout off": (lambda: mlp(nn.Dropout(0.5)).eval(), (4,)),
     "compiled": (lambda: torch.compile(mlp(), backend="eager"), (4,)),
     "checkpointed": (checkpointed, (4,)),
@@ -301,6 +309,46 @@ def test_half_precision(kind):
         assert (H.to_dense().double() - exact).norm() <= 0.05 * exact.norm()
 
 
+def test_what_moves_its_own_tensors_is_moved_by_itself():
+    class Graph:
+        def __init__(self, nodes):
+            self.nodes = nodes
+
+        def to(self, device):
+            return Graph(self.nodes.to(device))
+
+    packed, meta = pack_sequence([torch.randn(3, 2), torch.randn(2, 2)]), torch.device("meta")
+    for input in (packed, {"x": packed}):
+        moved, _ = next(batches([(input, torch.zeros(2))], meta, True))
+        moved = moved["x"] if isinstance(moved, dict) else moved
+        assert moved.data.device == meta and moved.batch_sizes.device.type == "cpu"
+    (graph, y), *_ = batches([(Graph(torch.ones(2)), torch.zeros(2))], meta, True)
+    assert graph.nodes.device == y.device == meta
+
+
+def standardizing(m, x):
+    return m.inner(x.sub_(0.3).div_(1.5))
+
+
+def one_based(output, target):
+    return F.cross_entropy(output, target.sub_(1))
+
+
+@pytest.mark.parametrize("sizes", [[6], [4, 2]], ids=str)
+@pytest.mark.parametrize("method", ["auto", "double_backward", "forward_over_reverse"])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_models_and_losses_that_write_to_the_batch(kind, method, sizes):
+    model, x, y = Lambda(standardizing, inner=mlp()), torch.randn(6, 4), torch.randint(1, 4, (6,))
+    exact = dense(kind, model, lambda: model(x.clone()), lambda z: one_based(z, y.clone()))
+    parts = list(zip(x.clone().split(sizes), y.clone().split(sizes), strict=True))
+    weighted = {"weight_fn": lambda batch: len(batch[1]), "method": method}
+    assert_same_operator(kind(model, one_based, parts, **weighted), exact)
+    own = ModelLoss(one_based, output=lambda model, batch: model(batch[0]), target=lambda batch: batch[1])
+    assert_same_operator(kind(model, own, parts, **weighted), exact)
+    assert torch.equal(torch.cat([part[0] for part in parts]), x)
+    assert torch.equal(torch.cat([part[1] for part in parts]), y)
+
+
 class Once(torch.autograd.Function):
     """A tanh whose backward cannot be differentiated."""
 
@@ -329,12 +377,12 @@ def test_what_has_no_second_derivative_is_refused(kind, method):
     torch.testing.assert_close(above.to_dense(), alone.to_dense())
 
 
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("kind", [Hessian, GGN])
-def test_embeddings_that_shorten_their_rows_are_left_as_they_are(kind, batches):
+def test_embeddings_that_shorten_their_rows_are_left_as_they_are(kind, count):
     model = nn.Sequential(nn.Embedding(6, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3))
     x, y = torch.randint(0, 6, (8, 2)), torch.randint(0, 3, (8,))
-    H = kind(model, nn.CrossEntropyLoss(), list(zip(x.chunk(batches), y.chunk(batches), strict=True)))
+    H = kind(model, nn.CrossEntropyLoss(), list(zip(x.chunk(count), y.chunk(count), strict=True)))
     before = model[0].weight.detach().clone()
     dense = H.to_dense()
     assert torch.equal(model[0].weight, before) and before.norm(dim=1).max() > 0.5

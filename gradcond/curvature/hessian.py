@@ -33,11 +33,11 @@ class Hessian(LossOperator):
     equal batches; for uneven ones let it return ``(numerator, denominator)`` or pass weight_fn.
 
     Products are double backward passes, or forward-mode derivatives of the gradient (attention by its math
-    kernel, weight normalization step by step). The first product times the first batch, and compares the two
-    where forward mode might be faster; ``probe`` says which it took, and why. Where there is one batch, the graph
-    of double backward is kept from product to product until a parameter, a buffer, a mode, a setting or the batch
-    changes; ``release()`` frees it. What a loss or a model reads from elsewhere than its arguments, closure and
-    globals is not watched.
+    kernel; weight normalization, embedding bags and hard sigmoids step by step; sparse embeddings as dense ones).
+    The first product times the first batch, and compares the two where forward mode might be faster; ``probe``
+    says which it took, and why. Where there is one batch, the graph of double backward is kept from product to
+    product until a parameter, a buffer, a mode, a setting or the batch changes; ``release()`` frees it. What a
+    loss or a model reads from elsewhere than its arguments, closure and globals is not watched.
 
     Args:
         model: any module; torch.compile and data-parallel wrappers are unwrapped.

@@ -67,8 +67,11 @@ class Evaluation:
 
     def loss(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The numerator of the batch, a scalar."""
-        output = self(self.objective.output, parameters)
-        value, self.share = self.objective.of(output, self.batch)
+
+        def of_batch(model: nn.Module, batch: Any) -> tuple[Tensor, Share]:
+            return self.objective.of(self.objective.output(model, batch), batch)
+
+        value, self.share = self(of_batch, parameters)
         return value
 
 
@@ -428,7 +431,7 @@ class LossOperator(Operator):
         generator, dtype = generator_from(0), working_dtype(self.dtype)
         # each its own memory: tangents that are views of a vector would be copied
         options: Any = {"generator": generator, "dtype": dtype, "device": "cpu"}
-        drawn = [torch.randn(*columns, *p.shape, **options) for p in parameters]
+        drawn = [torch.randn((*columns, *p.shape), **options) for p in parameters]
         return [part.to(p) for part, p in zip(drawn, parameters, strict=True)]
 
     def _rows(

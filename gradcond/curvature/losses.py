@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +30,11 @@ class TorchLoss:
     name: str  # of the function, where the module has one
     loss_fn: Callable[..., Any]
     reduced: Callable[[str, Any, Tensor], Tensor]  # by another reduction
-    options: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As they are now; a weight and an ignore_index among them, None where there is none."""
+        return {"weight": None, "ignore_index": None, **_options(self.loss_fn)}
 
     @property
     def is_mean(self) -> bool:
@@ -41,7 +46,7 @@ class TorchLoss:
         if not self.is_mean:
             return self.loss_fn(output, target), None
         if self.has_class_targets(target):
-            return self.reduced("sum", output, target), self.class_weights(target).sum()
+            return self.reduced("sum", output, target), self.class_weights(target).sum(dtype=torch.float64)
         losses = self.reduced("none", output, target)
         return losses.sum(), output.shape[0] if self.options["reduction"] == "batchmean" else losses.numel()
 
@@ -72,28 +77,44 @@ class TorchLoss:
 
 def torch_loss(loss_fn: Callable[..., Any]) -> TorchLoss | None:
     """One of torch's losses with its options, or None for anything else: its weighting is unknown."""
-    if type(loss_fn).__module__ == "torch.nn.modules.loss":  # exact: a subclass may compute anything
-        reduced: Callable[[str, Any, Tensor], Tensor]
+    reduced: Callable[[str, Any, Tensor], Tensor]
+    if _is_module(loss_fn):
         name, reduced = type(loss_fn).__name__, functools.partial(_of_module, loss_fn)
-        options = {"weight": None, "ignore_index": None, **vars(loss_fn), **getattr(loss_fn, "_buffers", {})}
     else:
-        function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
-        given = loss_fn.keywords if isinstance(loss_fn, functools.partial) else {}
+        function, given = _parts(loss_fn)
         name = getattr(function, "__name__", "")
         positional = isinstance(loss_fn, functools.partial) and loss_fn.args
         if getattr(F, name, None) is not function or positional or {"size_average", "reduce"} & given.keys():
             return None
         if name == "ctc_loss":  # its mean divides each term by the length of its target
             return None
-        parameters = inspect.signature(function).parameters
-        if "reduction" not in parameters or (name not in _CLASS_INDEX and given.get("weight") is not None):
+        if name not in _CLASS_INDEX and given.get("weight") is not None:
             return None
-        defaults = {key: parameter.default for key, parameter in parameters.items()}
-        options = {"weight": None, "ignore_index": None, **defaults, **given}
         reduced = functools.partial(_of_function, function, given)
-    if options.get("reduction", "none") == "none":
+    if _options(loss_fn).get("reduction", "none") == "none":
         return None
-    return TorchLoss(_FUNCTION_OF.get(name, name), loss_fn, reduced, options)
+    return TorchLoss(_FUNCTION_OF.get(name, name), loss_fn, reduced)
+
+
+def _is_module(loss_fn: Any) -> bool:
+    return type(loss_fn).__module__ == "torch.nn.modules.loss"  # exact: a subclass may compute anything
+
+
+def _parts(loss_fn: Any) -> tuple[Any, dict[str, Any]]:
+    """A function, and the arguments given to it by name."""
+    return (loss_fn.func, loss_fn.keywords) if isinstance(loss_fn, functools.partial) else (loss_fn, {})
+
+
+def _options(loss_fn: Any) -> dict[str, Any]:
+    if _is_module(loss_fn):
+        return {**vars(loss_fn), **vars(loss_fn).get("_buffers", {})}
+    function, given = _parts(loss_fn)
+    return {**_defaults(function), **given}
+
+
+@functools.cache
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    return {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
 
 
 def _of_module(loss_fn: Any, reduction: str, output: Tensor, target: Tensor) -> Tensor:
@@ -105,7 +126,5 @@ def _of_module(loss_fn: Any, reduction: str, output: Tensor, target: Tensor) -> 
         settings["reduction"] = own
 
 
-def _of_function(
-    function: Callable[..., Tensor], given: dict[str, Any], reduction: str, output: Any, target: Tensor
-) -> Tensor:
+def _of_function(function: Any, given: dict[str, Any], reduction: str, output: Any, target: Tensor) -> Tensor:
     return function(output, target, **{**given, "reduction": reduction})

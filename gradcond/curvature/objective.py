@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -112,12 +113,12 @@ class Objective:
             elif denominator is None:
                 value, denominator = _scalar(value) * weight, weight
             elif isinstance(value, Tensor) and value.shape == getattr(denominator, "shape", None):
-                value, denominator = value.sum(), denominator.sum()  # one entry a datum
+                value, denominator = value.sum(), denominator.sum(dtype=torch.float64)  # one entry a datum
         value = _scalar(value)
-        if isinstance(denominator, Tensor) and (denominator.requires_grad or denominator.numel() != 1):
+        if denominator is not None and not _is_number(denominator):
             raise ValueError(
                 "expected (numerator, denominator) with a denominator that is one number, constant in the "
-                f"parameters, got shape {tuple(denominator.shape)}; sum and detach it, or return the loss alone"
+                f"parameters, got {_shown(denominator)}; sum and detach it, or return the loss alone"
             )
         return value, Share(value.detach(), denominator, kind)
 
@@ -144,7 +145,7 @@ class Objective:
                 "expected a loss of known terms: take one of torch's losses (with ModelLoss(..., output=)), or let "
                 "loss_fn return (numerators, denominators), both (N,), one entry a datum, without weight_fn"
             )
-        return terms, denominators, Share(terms.detach().sum(), denominators.sum())
+        return terms, denominators, Share(terms.detach().sum(), denominators.sum(dtype=torch.float64))
 
     def _result(self, output: Any, batch: Any) -> Any:
         return self.loss.loss_fn(output, self.target(batch)) if self.loss.output else output
@@ -169,12 +170,21 @@ def _pair(result: Any) -> tuple[Any, Any]:
 
 def _scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"expected loss_fn to return a scalar tensor, got {got}; reduce by mean or sum, or return a pair "
-            "(numerator, denominator)"
+            f"expected loss_fn to return a scalar tensor, got {_shown(value)}; reduce by mean or sum, or return a "
+            "pair (numerator, denominator)"
         )
     return value.reshape(())
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.requires_grad
+    return isinstance(value, Real)
+
+
+def _shown(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _rows(batch: Any) -> int | None:
@@ -226,6 +236,8 @@ class Mean:
     def sums(self) -> list[Any]:
         """The total weight, and of how many batches; then how many batches are sums, without a weight."""
         weights = [share.weight for share in self.shares if share.weight is not None]
+        # in double precision: in half, a sum stands still where it is 256 times what is added
+        weights = [weight.double() if isinstance(weight, Tensor) else weight for weight in weights]
         return [sum(weights), len(weights), len(self.shares) - len(weights)]
 
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
+
+from gradcond.curvature.substitutes import Substituted, needs_substitutes
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -29,12 +28,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of lists, tuples and dicts with the function applied to each tensor."""
-    if isinstance(tree, Tensor):
+def _is_tensor(thing: Any) -> bool:
+    return isinstance(thing, Tensor)
+
+
+def _can_move(thing: Any) -> bool:
+    """Tensors, and objects that move their own: packed sequences, tokenized text, graphs."""
+    return hasattr(thing, "to")
+
+
+def map_tensors(tree: Any, function: Callable[[Any], Any], leaf: Callable[[Any], bool] = _is_tensor) -> Any:
+    """The same nest of lists, tuples and dicts with the function applied to each tensor, or other leaf."""
+    if leaf(tree):
         return function(tree)
     if isinstance(tree, Mapping):
-        mapped = {key: map_tensors(value, function) for key, value in tree.items()}
+        mapped = {key: map_tensors(value, function, leaf) for key, value in tree.items()}
         if isinstance(tree, dict) and type(tree) is not dict:  # a dict with attributes (model outputs)
             result = copy.copy(tree)
             for key, value in mapped.items():
@@ -42,9 +50,9 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
             return result
         return mapped
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(part, function) for part in tree))
+        return type(tree)(*(map_tensors(part, function, leaf) for part in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(part, function) for part in tree)
+        return type(tree)(map_tensors(part, function, leaf) for part in tree)
     return tree
 
 
@@ -62,11 +70,6 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 def batches(data: Iterable[Any], device: torch.device, pairs: bool) -> Iterator[Any]:
     """The batches of the data, on the device; as pairs (input, target) where asked for."""
-
-    def moved(t: Any) -> Any:
-        # an alias, so that requires_grad_() in a loss marks it and not the data
-        return t.to(device).detach() if isinstance(t, Tensor) else t.to(device)
-
     for index, batch in enumerate(data):
         if pairs and (not isinstance(batch, list | tuple) or len(batch) != 2):
             length = f" of length {len(batch)}" if isinstance(batch, list | tuple) else ""
@@ -74,7 +77,7 @@ def batches(data: Iterable[Any], device: torch.device, pairs: bool) -> Iterator[
                 f"expected batches (input, target), got {type(batch).__name__}{length} as batch {index}; wrap a "
                 "loss that calls the model itself: ModelLoss(lambda model, batch: ...)"
             )
-        yield moved(batch) if hasattr(batch, "to") else map_tensors(batch, moved)
+        yield map_tensors(batch, lambda thing: thing.to(device), _can_move)
 
 
 def num_batches(data: Iterable[Any]) -> int | None:
@@ -99,8 +102,9 @@ class _Whole(nn.Module):
 def call(
     function: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any, parameters: Mapping[str, Tensor]
 ) -> Any:
-    """``function(model, batch)`` with other parameters in place; the buffers stay as they are."""
-    # each call gets its own copy of the buffers, so running statistics and the like move in the copy
+    """``function(model, batch)`` with other parameters in place; buffers and batch stay as they are."""
+    # each call gets its own copies, so running statistics move there, and what is written to an input is
+    batch = map_tensors(batch, lambda t: t.detach().clone() if isinstance(t, Tensor) else t, _can_move)
     others = {id(buffer): buffer.clone() for buffer in model.buffers()}
     if parameters:
         others |= {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
@@ -147,7 +151,7 @@ def _switched(modules: Sequence[nn.Module]) -> Iterator[None]:
     dynamo = "torch._dynamo" in sys.modules
     # cuDNN's recurrent kernels have none
     recurrent = torch.backends.cudnn.is_available() and any(isinstance(m, nn.RNNBase) for m in modules)
-    normalized = any(map(_normalizes_weights, modules))
+    substituted = any(map(needs_substitutes, modules))
     before = [get() for get, _, _ in SWITCHES]
     try:
         for _, put, wanted in SWITCHES:
@@ -155,27 +159,12 @@ def _switched(modules: Sequence[nn.Module]) -> Iterator[None]:
         with (
             torch.compiler.set_stance("force_eager") if dynamo else nullcontext(),  # compiled parts as written
             torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext(),
-            _WeightNormStepwise() if normalized else nullcontext(),
+            Substituted() if substituted else nullcontext(),
         ):
             yield
     finally:
         for (_, put, _), found in zip(SWITCHES, before, strict=True):
             put(found)
-
-
-def _normalizes_weights(m: nn.Module) -> bool:
-    return isinstance(m, _WeightNorm) or any(isinstance(hook, WeightNorm) for hook in m._forward_pre_hooks.values())
-
-
-class _WeightNormStepwise(TorchFunctionMode):
-    """Weight normalization by differentiable steps: the second derivative of torch's kernel is wrong."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_normalized if func is torch._weight_norm else func)(*args, **(kwargs or {}))
-
-
-def _normalized(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextmanager

@@ -49,7 +49,7 @@ def grad(
     options: dict[str, Any] = {"create_graph": create_graph, "is_grads_batched": batched}
     slopes = torch.autograd.grad(cast(Parts, ys), xs, vs, retain_graph=not free, allow_unused=True, **options)
     lead = vs[0].shape[:1] if batched and vs else ()
-    return tuple(x.new_zeros(*lead, *x.shape) if g is None else g for g, x in zip(slopes, xs, strict=True))
+    return tuple(x.new_zeros((*lead, *x.shape)) if g is None else g for g, x in zip(slopes, xs, strict=True))
 
 
 def require_derivatives(gradients: Sequence[Tensor]) -> None:

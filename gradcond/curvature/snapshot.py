@@ -140,7 +140,7 @@ class _Walk:
         return sizes == self._sizes and all(map(operator.is_, parts, self._parts))
 
     def _visit(self, thing: Any, depth: int) -> None:
-        if isinstance(thing, PLAIN):
+        if isinstance(thing, (*PLAIN, _Same)):
             self.plain.append(thing)
         elif id(thing) in self._seen:
             self.plain.append(_Same(thing))
@@ -152,12 +152,14 @@ class _Walk:
             self._seen.add(id(thing))
             self.plain.append(type(thing) if isinstance(thing, _NESTS) else _Same(thing))
             self._watch(thing, depth)
-            below = 2 if isinstance(thing, nn.Module) else depth + 1  # the settings of all modules count alike
+            below = depth if isinstance(thing, _NESTS) else depth + 1
+            below = 2 if isinstance(thing, nn.Module) else below  # the settings of all modules count alike
             for part in _parts(thing, depth):
                 self._visit(part, below)
 
     def _watch(self, thing: Any, depth: int) -> None:
-        if isinstance(thing, np.ndarray) or (isinstance(thing, Mapping) and type(thing) not in _TABLES):
+        foreign = isinstance(thing, Mapping) and type(thing) not in _TABLES
+        if foreign or isinstance(thing, np.ndarray | torch.jit.ScriptModule):
             self._steady = False
         elif type(thing) in _TABLES:
             self._tables.append(thing)
@@ -166,8 +168,10 @@ class _Walk:
         elif _is_own(thing):
             self._functions.append(thing)
         elif _has_settings(thing, depth):
-            self._objects.append(thing)
-            self._attributes.append(vars(thing))
+            if hasattr(thing, "__dict__"):
+                self._objects.append(thing)
+                self._attributes.append(vars(thing))
+            self._steady = self._steady and not _slots(thing)
 
 
 class _Same:
@@ -195,14 +199,20 @@ def _alike(some: list[Any], others: list[Any]) -> bool:
 
 
 def _is_own(thing: Any) -> bool:
-    """A function that is not torch's."""
-    return isinstance(thing, types.FunctionType) and not thing.__module__.startswith("torch.")
+    """A function that is not torch's; one made by exec, as torch.fx does, may be of no module."""
+    return isinstance(thing, types.FunctionType) and not (thing.__module__ or "").startswith("torch.")
 
 
 def _has_settings(thing: Any, depth: int) -> bool:
     if isinstance(thing, (*_NESTS, types.FunctionType, functools.partial, type, types.ModuleType)):
         return False
-    return isinstance(thing, nn.Module) or (hasattr(thing, "__dict__") and depth < 4)
+    return isinstance(thing, nn.Module) or (depth < 4 and (hasattr(thing, "__dict__") or bool(_slots(thing))))
+
+
+def _slots(thing: Any) -> list[str]:
+    """Attributes that stand beside the table of the others, or in its place."""
+    named = [vars(kind).get("__slots__", ()) for kind in type(thing).__mro__]
+    return [name for names in named for name in ([names] if isinstance(names, str) else names)]
 
 
 def _parts(thing: Any, depth: int) -> Iterator[Any]:
@@ -226,10 +236,14 @@ def _parts(thing: Any, depth: int) -> Iterator[Any]:
     elif isinstance(thing, types.FunctionType):
         if _is_own(thing):
             yield from _of_function(thing)
+    elif isinstance(thing, torch.jit.ScriptModule):
+        yield from (m.training for m in thing.modules())
+        yield from (*thing.parameters(), *thing.buffers())
     elif _has_settings(thing, depth):
         if isinstance(thing, nn.Module) and _is_own(type(thing).forward):
             yield type(thing).forward
-        for name, value in vars(thing).items():
+        yield from (getattr(thing, name, None) for name in _slots(thing))
+        for name, value in getattr(thing, "__dict__", {}).items():
             # most of a module is empty tables of hooks: left out for speed; those of gradients are not run
             if name not in _UNUSED and value is not None and not (isinstance(value, dict) and not value):
                 yield name

@@ -18,7 +18,7 @@ def parts_of(v: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 def stacked(V: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Vectors (n, c) as one tensor (c, *shape) a parameter."""
     parts = V.mT.split([p.numel() for p in parameters], 1)
-    return [part.reshape(-1, *p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
+    return [part.reshape(len(part), *p.shape).to(p.dtype) for part, p in zip(parts, parameters, strict=True)]
 
 
 class Sum:
