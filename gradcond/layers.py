@@ -49,9 +49,9 @@ class Layer:
         bias: likewise; names of parameters that are not there are passed over. The sum of several biases is
             one direction, which they share equally.
         observe: the layer's input from one call (module, args, kwargs, output): a tensor of shape
-            (..., inputs), every leading index one row, for convolutions (batch, inputs, *positions);
-            `statistics.Moments`, where they are known without one; None when there is no input to see. The
-            first argument by default.
+            (..., inputs), every leading index one row, for convolutions (batch, inputs, *positions), with the batch
+            second where the module says batch_first=False; `statistics.Moments`, where they are known without
+            one; None when there is no input to see. The first argument by default.
         span: the rows (start, stop) of the weight and bias that are the layer's; all by default, and where a
             parameter has no more.
         transposed: is the weight, whole and the only one, (in, out / groups, *taps) instead of
