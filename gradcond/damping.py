@@ -33,8 +33,9 @@ class RateDamping(Conditioner):
     depend on the rate; `delay` holds back the first ones. It comes last in a chain, before NormClipping.
 
     The two biases of a recurrent layer's row are one direction here, as they are for BNP: each moves by half.
-    lr and momentum are those of the weight's parameter group; where a group has no "lr" it raises. Optimizers
-    that rescale the gradient by themselves, as Adam does, take the damping out again.
+    lr and momentum are those of the weight's parameter group, lr times 1 - dampening where that dampens the
+    momentum; where a group has no "lr" it raises. Optimizers that rescale the gradient by themselves, as Adam
+    does, take the damping out again.
 
     Args:
         strength: of the damping; 0 leaves M as it is.

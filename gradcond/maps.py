@@ -156,7 +156,8 @@ def rate_of(group: Mapping[str, Any]) -> Any:
             f"expected momentum below 1 beside a conditioner that goes by the size of the steps, got {momentum}: a "
             "gradient that stays would be added up without end"
         )
-    return group["lr"] / (1 - momentum)
+    taken_in = 1 - group.get("dampening", 0.0) if momentum else 1.0
+    return group["lr"] * taken_in / (1 - momentum)
 
 
 def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | None) -> tuple[Rows, Rows]:

@@ -143,9 +143,9 @@ def test_the_step_is_the_dense_formula(before, name):
     model, damping = network(name), RateDamping(strength=7.0, delay=2.0, floor=0.05)
     first, *others = find_layers(model).values()
     groups = [
-        {"params": first.parameters(), "lr": torch.tensor(0.003), "momentum": 0.5},
+        {"params": first.parameters(), "lr": torch.tensor(0.003), "momentum": 0.5, "dampening": 0.2},
         {"params": [p for layer in others for p in layer.parameters() if layer.name != others[-1].name]},
-        {"params": others[-1].parameters(), "lr": 0.01, "momentum": 0.0},
+        {"params": others[-1].parameters(), "lr": 0.01, "momentum": 0.0, "dampening": 0.5},  # without effect
     ]
     groups[1]["params"] = list(dict.fromkeys(groups[1]["params"]))
     sgd = torch.optim.SGD(groups, lr=0.02, momentum=0.9)
@@ -154,7 +154,7 @@ def test_the_step_is_the_dense_formula(before, name):
     reference = Reference(damping, model)
     for step in range(4):
         rates = dict.fromkeys((layer.name for layer in others), 0.02 * 0.5**step / (1 - 0.9))
-        rates[first.name] = 0.003 * 0.5**step / (1 - 0.5)
+        rates[first.name] = 0.003 * 0.5**step * (1 - 0.2) / (1 - 0.5)
         rates[others[-1].name] = 0.01 * 0.5**step
         optimizer.zero_grad()
         loss(model, step, name).backward()
