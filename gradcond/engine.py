@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcond.assignment import Assignment, Conditioned, Parameters
+from gradcond.assignment import Assignment, Conditioned
 from gradcond.capture import InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, compose
@@ -94,9 +94,7 @@ class Engine:
             self.conditioned = Conditioned()
             self.clipped = Conditioned()  # likewise, by what acts on all gradients together
             self.loaded = False  # has a state been loaded since the last step?
-            self.parameters: Parameters | None = None  # those with which the model was looked through
         self.assigned: list[Assignment] = []  # of the step
-        self.found: list[Assignment] | None = None  # the last that the plan gave
         self.detach = weakref.finalize(self, _remove, self.captures, self.probe)
         self._ask_due()
 
@@ -155,14 +153,11 @@ class Engine:
 
     def assignments(self, groups: Sequence[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these parameter groups train and at least one conditioner takes."""
+        last, parameters = self.plan.found, self.plan.parameters
         found = self.plan.assignments(groups)
-        now = self.plan.parameters
-        if found is not self.found and not (now and now.same(self.parameters)):
-            self.parameters = now
-            if self.follow_model():
-                found = self.plan.assignments(groups)
-        if found is not self.found:
-            self.found = found
+        if self.plan.parameters is not parameters and self.follow_model():
+            found = self.plan.assignments(groups)
+        if found is not last:
             self.together = Together(self.chain, found, self.captures)
             self.screening = Screening(found, fixed=self.maps.fixed)
             self.maps.forget()
