@@ -76,7 +76,9 @@ class Observer:
                 "observe= or transposed="
             )
         count = x.numel() // x.shape[axis]
-        rows = output.numel() // (layer.units * layer.groups) if has_positions else count
+        rows = count
+        if has_positions:  # the module may go on from the layer's output, as by gates that halve its channels
+            rows = output.numel() // (output.shape[axis] if output.dim() == x.dim() else layer.units * layer.groups)
         samples = sequences or (samples_of(layer.module, x) if axis > 0 else 1)
         if self.ghost is not None and axis > 0:
             x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)

@@ -424,3 +424,21 @@ def test_a_grouped_convolution_inside_a_registered_module_is_conditioned_as_by_i
         optimizer.step()
     assert_close(inside.conv.weight, alone.weight, rtol=0, atol=1e-14)
     assert_close(inside.conv.bias, alone.bias, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("end", [nn.GLU(1), nn.Flatten(), nn.Identity()], ids=repr)
+def test_rows_of_a_convolution_inside_a_registered_module_are_its_positions(registry, end):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(3, 4, 3, padding=1, stride=2)
+
+        def forward(self, x):
+            return end(self.conv(x))
+
+    register_layer(Wrapped, lambda module: Layer("", module, weight="conv.weight", bias="conv.bias"))
+    model = Wrapped()
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+    model(torch.randn(2, 3, 9)).pow(3).mean().backward()
+    optimizer.step()
+    assert optimizer._engine.states[0][""]["rows"] == 10
