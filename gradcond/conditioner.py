@@ -316,9 +316,10 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
     if len(weights) == 1:
         rows.weight.copy_(mapped.weight)
     else:
-        parts = mapped.weight.squeeze(-3).split([w.shape[-1] for w in weights], -1)
+        axis = -1 - layer.taps
+        parts = mapped.weight.squeeze(axis - 2).split([w.shape[axis] for w in weights], axis)
         for weight, part in zip(weights, parts, strict=True):
-            layer.part(weight, -2).copy_(part)
+            layer.part(weight, axis - 1).copy_(part)
     if mapped.bias is not None and mapped.bias is not rows.bias:  # the same one: nobody has touched it
         shared = mapped.bias if k == 1 else mapped.bias / (k**0.5 if method == "factor_transpose" else k)
         for b in biases:
