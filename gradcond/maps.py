@@ -168,5 +168,7 @@ def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | No
     n, grads = len(assignment.weights), [p.grad for p in own]
     if assignment.sharded:
         own, grads = ([gathered(t) for t in tensors] for tensors in (own, grads))
-    share = max(len(grads) - n, 1)
-    return joined(layer, own[:n], own[n:]), joined(layer, grads[:n], grads[n:], share=share)
+    k = max(len(grads) - n, 1)
+    shares = (1, k) if chain is not None and chain.joins_biases else (k**0.5, k**0.5)
+    theta, gradient = (joined(layer, t[:n], t[n:], share) for t, share in zip((own, grads), shares, strict=True))
+    return theta, gradient

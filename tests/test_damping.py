@@ -322,6 +322,20 @@ def test_without_strength_it_is_the_identity():
     assert all(bool((state["factor"] == 1).all()) for state in optimizer._engine.states[-1].values())
 
 
+@pytest.mark.parametrize("before", BEFORE)
+def test_with_little_strength_it_is_next_to_the_identity(before):
+    def step(chain):
+        model = network("recurrent")
+        optimizer = wrapped(model, chain, lr=0.01)
+        loss(model, 0, "recurrent").backward()
+        optimizer.step()
+        return flat_gradient(model), optimizer.preconditioner()
+
+    (bare, m), (damped, other) = step(BEFORE[before]()), step([*BEFORE[before](), RateDamping(strength=1e-14)])
+    assert_close(damped, bare, rtol=1e-6, atol=1e-9)
+    assert_close(other.apply(bare), m.apply(bare), rtol=1e-6, atol=1e-9)
+
+
 def test_a_unit_at_zero_moves_and_its_floor_says_how_far():
     model = nn.Linear(3, 2, bias=False)
     nn.init.zeros_(model.weight)
