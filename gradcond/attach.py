@@ -161,7 +161,8 @@ def attach(
         conditioners: e.g. [BNP()], outermost first.
         only: takes a layer's name, as the report shows it, and says whether it is conditioned; all are by default.
         process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
-            initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
+            initialized; a group; False, this one alone. Every rank of it must step, with rows or without. Ranks
+            of tensor parallelism see the same rows: there, the data-parallel group, or False.
         check_finite: look whether gradients and inputs are finite before anything is changed? None: on the CPU.
 
     Returns:
