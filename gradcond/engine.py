@@ -190,25 +190,26 @@ class Engine:
                 return
             ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
             moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
-            if self.idle or not (ready or self._clips_anew()):
+            if self.idle or not (ready or self._unclipped()):
                 return
             self.maps.fold([a for a in ready if a.layer.name not in self.maps.taken], moments)
             self._apply_(ready)
         for assignment in ready:  # several layers may share a gradient
             self.conditioned.note(assignment.layer.name, assignment.weights[0].grad)
         if self.chain[-1].comes_last:
-            for i, p in enumerate(self._held()):
-                self.clipped.note(str(i), p.grad)
+            for place, p in self._held().items():
+                self.clipped.note(place, p.grad)
 
-    def _clips_anew(self) -> bool:
-        """Is there a conditioner of all gradients together, and one of them that it has not seen?"""
+    def _held(self) -> dict[str, nn.Parameter]:
+        """The parameters of the step's groups that have a gradient, by their place."""
+        every = [(group, p) for group in self.groups for p in group["params"]]
+        return {str(i): p for i, (g, p) in enumerate(every) if g.get("gradcond", True) and p.grad is not None}
+
+    def _unclipped(self) -> list[Any]:
+        """The gradients that the conditioner of all together, where there is one, has not seen."""
         if not self.chain[-1].comes_last:
-            return False
-        return not all(self.clipped.holds(str(i), p.grad) for i, p in enumerate(self._held()))
-
-    def _held(self) -> list[nn.Parameter]:
-        """The parameters of the step's groups that have a gradient."""
-        return [p for g in self.groups if g.get("gradcond", True) for p in g["params"] if p.grad is not None]
+            return []
+        return [p.grad for place, p in self._held().items() if not self.clipped.holds(place, p.grad)]
 
     def _at_one_go(self) -> bool:
         """An ordinary step of layers that are all alike."""
@@ -241,7 +242,7 @@ class Engine:
             if lengths is not None:
                 lengths.add(before, grads)
         if lengths is not None:
-            lengths.clip_(self.chain[-1], self.network[-1], self.groups, fold=first)
+            lengths.clip_(self.chain[-1], self.network[-1], self._unclipped(), fold=first)
 
     def give_factor(self, optimizer: Any) -> None:
         """Lets an optimizer that draws noise (SGLD) draw it through P."""
@@ -342,7 +343,7 @@ class Engine:
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
-            candidates: Sequence[nn.Parameter] = self._held()
+            candidates = list(self._held().values())
         else:
             candidates = [p for a in self.assigned for p in a.parameters]
         held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]
