@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -17,6 +18,7 @@ from gradcond.engine import Engine
 from gradcond.optimizer import ConditionedOptimizer
 from gradcond.preconditioner import Preconditioner
 from gradcond.report import Report, make_report
+from gradcond.shards import local
 
 __all__ = ["Attachment", "attach"]
 
@@ -58,8 +60,20 @@ class Attachment:
             if rest:
                 return (optimizer, self._engine.conditioning(rest[0]), *rest[1:]), kwargs
             return args, {**kwargs, "closure": self._engine.conditioning(kwargs["closure"])}
+        self._unscale()
         self._engine.condition_()
         return None
+
+    def _unscale(self) -> None:
+        """Divides the gradients by what a gradient scaler would have a fused step divide them by."""
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is None:
+            return
+        with torch.no_grad():
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                if (grad := local(parameter.grad)) is not None:
+                    grad.div_(scale.to(grad.device, non_blocking=True))
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._engine.finish_()
@@ -147,7 +161,8 @@ def attach(
         conditioners: e.g. [BNP()], outermost first.
         only: takes a layer's name, as the report shows it, and says whether it is conditioned; all are by default.
         process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
-            initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
+            initialized; a group; False, this one alone. Every rank of it must step, with rows or without. Ranks
+            of tensor parallelism see the same rows: there, the data-parallel group, or False.
         check_finite: look whether gradients and inputs are finite before anything is changed? None: on the CPU.
 
     Returns:

@@ -28,7 +28,12 @@ def _projections(module: nn.MultiheadAttention) -> list[Layer]:
 
 def _argument(name: str, i: int) -> Callable[..., Tensor | None]:
     """Observes one of the three arguments; None where a subclass is called otherwise."""
-    return lambda module, args, kwargs, output: args[i] if i < len(args) else kwargs.get(name)
+
+    def argument(module: Any, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        x = args[i] if i < len(args) else kwargs.get(name)
+        return _batched(module, x) if isinstance(x, Tensor) else None
+
+    return argument
 
 
 def heads_output(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: Any) -> Tensor | None:
@@ -45,7 +50,13 @@ def heads_output(module: nn.MultiheadAttention, args: Any, kwargs: Any, output: 
     if node is None or _last_factor(node) is not module.out_proj.weight:
         return None
     x: Tensor = node._saved_mat1 if hasattr(node, "_saved_mat1") else node._saved_self
-    return x
+    whole = output[0].numel() == x.numel()  # a subclass may put out a part
+    return _batched(module, x.view(output[0].shape)) if whole else x
+
+
+def _batched(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
+    """A sequence by itself as a batch of one."""
+    return x.unsqueeze(0 if module.batch_first else 1) if x.dim() == 2 else x
 
 
 def _last_factor(product: Any) -> Tensor | None:

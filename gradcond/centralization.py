@@ -94,6 +94,7 @@ class Centering(SymmetricMap):
     axes: tuple[tuple[int, ...], ...]
 
     on_matrix = True
+    joins_biases = False
 
     def factor(self, rows: Rows) -> Rows:
         """C w."""

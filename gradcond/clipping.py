@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -92,17 +92,16 @@ class Lengths:
         key = (grad.device_mesh, tuple(grad.placements)) if is_sharded(grad) else None
         self.sums[key] = self.sums.get(key, 0.0) + square.double()
 
-    def clip_(self, clipping: Conditioner, state: dict[str, Any], groups: Iterable[Any], *, fold: bool) -> None:
-        """Adds what no conditioner has taken, and multiplies every gradient by one factor."""
-        held = [p.grad for g in groups if g.get("gradcond", True) for p in g["params"] if p.grad is not None]
-        for grad in held:
+    def clip_(self, clipping: Conditioner, state: dict[str, Any], grads: Sequence[Any], *, fold: bool) -> None:
+        """Adds those of these that no conditioner has taken, and multiplies each one by one factor."""
+        for grad in grads:
             if id(grad) not in self.added:
                 values = grad.coalesce().values() if grad.is_sparse else local(grad)
                 self._add(grad, _wide(values).abs().square().sum())
         if self.sums:
             square = torch.stack([whole_sum(s, key) for key, s in self.sums.items()]).sum()
             factor = clipping.clip_factor(state, square.clamp_min(0).sqrt(), fold=fold)
-            for grad in held:
+            for grad in grads:
                 local(grad).mul_(factor.to(grad.dtype))
 
 

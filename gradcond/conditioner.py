@@ -50,6 +50,7 @@ class RowMap(ABC):
     comes_first: ClassVar[bool] = False  # is it outermost, wherever its conditioner stands?
     on_each_row: ClassVar[bool] = False  # does it act on each row by itself? Then it commutes with `scales_rows`
     scales_rows: ClassVar[bool] = False  # is it one number per row?
+    joins_biases: bool = True  # are several biases of a row one number to it, their sum?
 
     def squares(self, theta: Rows, gradient: Rows) -> Squares:
         """|P^+ theta|^2 and |P^T g|^2 of each row, (groups, out)."""
@@ -118,6 +119,11 @@ class Chain(RowMap):
     def scale(self) -> float:
         """The product of the members'."""
         return math.prod(row_map.scale for row_map in self.maps)
+
+    @property
+    def joins_biases(self) -> bool:  # type: ignore[override]
+        """Where one of the members does."""
+        return any(row_map.joins_biases for row_map in self.maps)
 
     @property
     def on_matrix(self) -> bool:  # type: ignore[override]
@@ -298,7 +304,7 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
     """Replaces tensors shaped like a layer's parameters by P z, P^T v or M g of them, in place.
 
     Several biases share their one direction: with k of them P is E P (E^T k^1/2), E = (1, ..., 1)^T / k on the
-    bias and the identity on the weights.
+    bias and the identity on the weights; E P E^T with E = (1, ..., 1)^T / k^1/2 where the map does not join them.
 
     Args:
         method: "factor", "factor_transpose" or "apply".
@@ -308,7 +314,9 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
         biases: one per bias parameter that is trained, or none.
     """
     k = len(biases)
-    share = 1.0 if k < 2 else k**0.5 if method == "factor" else k
+    alike = k**0.5
+    share = alike if method == "factor" or not row_map.joins_biases else k
+    spread = alike if method == "factor_transpose" or not row_map.joins_biases else k
     rows = joined(layer, weights, biases, share)
     if method == "apply" and k < 2 and len(weights) == 1:
         return row_map.apply_(rows)
@@ -316,11 +324,12 @@ def map_(method: str, layer: Layer, row_map: RowMap, weights: Sequence[Tensor], 
     if len(weights) == 1:
         rows.weight.copy_(mapped.weight)
     else:
-        parts = mapped.weight.squeeze(-3).split([w.shape[-1] for w in weights], -1)
+        axis = -1 - layer.taps
+        parts = mapped.weight.squeeze(axis - 2).split([w.shape[axis] for w in weights], axis)
         for weight, part in zip(weights, parts, strict=True):
-            layer.part(weight, -2).copy_(part)
+            layer.part(weight, axis - 1).copy_(part)
     if mapped.bias is not None and mapped.bias is not rows.bias:  # the same one: nobody has touched it
-        shared = mapped.bias if k == 1 else mapped.bias / (k**0.5 if method == "factor_transpose" else k)
+        shared = mapped.bias if k == 1 else mapped.bias / spread
         for b in biases:
             layer.part(b, -1).copy_(shared.flatten(-2))
 

@@ -32,9 +32,10 @@ class RateDamping(Conditioner):
     which has a factor as before, and is `preconditioner()`'s. In the limit of large rates the steps no longer
     depend on the rate; `delay` holds back the first ones. It comes last in a chain, before NormClipping.
 
-    The two biases of a recurrent layer's row are one direction here, as they are for BNP: each moves by half.
-    lr and momentum are those of the weight's parameter group; where a group has no "lr" it raises. Optimizers
-    that rescale the gradient by themselves, as Adam does, take the damping out again.
+    The two biases of a recurrent layer's row move alike; behind BNP, to which their sum is one bias, by half each.
+    lr and momentum are those of the weight's parameter group, lr times 1 - dampening where that dampens the
+    momentum; where a group has no "lr" it raises. Optimizers that rescale the gradient by themselves, as Adam
+    does, take the damping out again.
 
     Args:
         strength: of the damping; 0 leaves M as it is.
@@ -193,6 +194,7 @@ class RowScaling(SymmetricMap):
 
     comes_first: ClassVar[bool] = True  # D^1/2 P, which is P D^1/2 for every P that acts on each row by itself
     scales_rows: ClassVar[bool] = True
+    joins_biases = False
 
     @property
     def s(self) -> Tensor:

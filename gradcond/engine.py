@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradcond.assignment import Assignment, Conditioned, Parameters
+from gradcond.assignment import Assignment, Conditioned
 from gradcond.capture import InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, compose
@@ -94,9 +94,7 @@ class Engine:
             self.conditioned = Conditioned()
             self.clipped = Conditioned()  # likewise, by what acts on all gradients together
             self.loaded = False  # has a state been loaded since the last step?
-            self.parameters: Parameters | None = None  # those with which the model was looked through
         self.assigned: list[Assignment] = []  # of the step
-        self.found: list[Assignment] | None = None  # the last that the plan gave
         self.detach = weakref.finalize(self, _remove, self.captures, self.probe)
         self._ask_due()
 
@@ -155,14 +153,11 @@ class Engine:
 
     def assignments(self, groups: Sequence[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these parameter groups train and at least one conditioner takes."""
+        last, parameters = self.plan.found, self.plan.parameters
         found = self.plan.assignments(groups)
-        now = self.plan.parameters
-        if found is not self.found and not (now and now.same(self.parameters)):
-            self.parameters = now
-            if self.follow_model():
-                found = self.plan.assignments(groups)
-        if found is not self.found:
-            self.found = found
+        if self.plan.parameters is not parameters and self.follow_model():
+            found = self.plan.assignments(groups)
+        if found is not last:
             self.together = Together(self.chain, found, self.captures)
             self.screening = Screening(found, fixed=self.maps.fixed)
             self.maps.forget()
@@ -195,25 +190,26 @@ class Engine:
                 return
             ready = [a.with_gradients() for a in self.assigned if self._is_fresh(a)]
             moments = self._merged({name: capture.take() for name, capture in self.captures.items()})
-            if self.idle or not (ready or self._clips_anew()):
+            if self.idle or not (ready or self._unclipped()):
                 return
             self.maps.fold([a for a in ready if a.layer.name not in self.maps.taken], moments)
             self._apply_(ready)
         for assignment in ready:  # several layers may share a gradient
             self.conditioned.note(assignment.layer.name, assignment.weights[0].grad)
         if self.chain[-1].comes_last:
-            for i, p in enumerate(self._held()):
-                self.clipped.note(str(i), p.grad)
+            for place, p in self._held().items():
+                self.clipped.note(place, p.grad)
 
-    def _clips_anew(self) -> bool:
-        """Is there a conditioner of all gradients together, and one of them that it has not seen?"""
+    def _held(self) -> dict[str, nn.Parameter]:
+        """The parameters of the step's groups that have a gradient, by their place."""
+        every = [(group, p) for group in self.groups for p in group["params"]]
+        return {str(i): p for i, (g, p) in enumerate(every) if g.get("gradcond", True) and p.grad is not None}
+
+    def _unclipped(self) -> list[Any]:
+        """The gradients that the conditioner of all together, where there is one, has not seen."""
         if not self.chain[-1].comes_last:
-            return False
-        return not all(self.clipped.holds(str(i), p.grad) for i, p in enumerate(self._held()))
-
-    def _held(self) -> list[nn.Parameter]:
-        """The parameters of the step's groups that have a gradient."""
-        return [p for g in self.groups if g.get("gradcond", True) for p in g["params"] if p.grad is not None]
+            return []
+        return [p.grad for place, p in self._held().items() if not self.clipped.holds(place, p.grad)]
 
     def _at_one_go(self) -> bool:
         """An ordinary step of layers that are all alike."""
@@ -246,7 +242,7 @@ class Engine:
             if lengths is not None:
                 lengths.add(before, grads)
         if lengths is not None:
-            lengths.clip_(self.chain[-1], self.network[-1], self.groups, fold=first)
+            lengths.clip_(self.chain[-1], self.network[-1], self._unclipped(), fold=first)
 
     def give_factor(self, optimizer: Any) -> None:
         """Lets an optimizer that draws noise (SGLD) draw it through P."""
@@ -347,7 +343,7 @@ class Engine:
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
-            candidates: Sequence[nn.Parameter] = self._held()
+            candidates = list(self._held().values())
         else:
             candidates = [p for a in self.assigned for p in a.parameters]
         held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]

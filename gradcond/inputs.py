@@ -12,9 +12,10 @@ from torch import Tensor
 from gradcond.layers import Layer, first_input
 from gradcond.moments import channel_moments, is_matrix, moments_of_matrices
 from gradcond.patches import meets_all, patch_moments
+from gradcond.shards import gathered
 from gradcond.statistics import Moments
 
-__all__ = ["Deferred", "Observer", "packs_saved_tensors"]
+__all__ = ["Deferred", "Observer", "packs_saved_tensors", "samples_of"]
 
 
 _MANY = 1000  # passes
@@ -58,6 +59,7 @@ class Observer:
             return _fitting(layer, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"expected observe of layer {layer.name!r} to return a tensor, got {type(x).__name__}")
+        x = gathered(x)
         sequences = x.size(0) if x.is_nested else 0
         if x.is_nested or x.layout is not torch.strided:
             x = x.detach()
@@ -76,8 +78,10 @@ class Observer:
                 "observe= or transposed="
             )
         count = x.numel() // x.shape[axis]
-        rows = output.numel() // (layer.units * layer.groups) if has_positions else count
-        samples = sequences or (x.shape[0] if axis > 0 else 1)
+        rows = count
+        if has_positions:  # the module may go on from the layer's output, as by gates that halve its channels
+            rows = output.numel() // (output.shape[axis] if output.dim() == x.dim() else layer.units * layer.groups)
+        samples = sequences or (samples_of(layer.module, x) if axis > 0 else 1)
         if self.ghost is not None and axis > 0:
             x = self._draw(x if layer.taps else x.flatten(0, -2), self.ghost)
         if self.taps and has_positions and layer.convolution and not meets_all(layer):
@@ -134,6 +138,16 @@ class Observer:
             seen = weakref.ref(x), x._version, axis, channel_moments(x, axis)
             self.seen[id(x)] = seen
         return seen[3]
+
+
+def samples_of(module: Any, x: Tensor) -> int:
+    """How many samples a batch holds: along its first axis, the second where a module says batch_first=False.
+
+    Example:
+        >>> samples_of(torch.nn.GRU(3, 2), torch.zeros(5, 4, 3))
+        4
+    """
+    return x.shape[0 if x.dim() < 3 or getattr(module, "batch_first", True) else 1]
 
 
 def packs_saved_tensors() -> bool:

@@ -49,9 +49,9 @@ class Layer:
         bias: likewise; names of parameters that are not there are passed over. The sum of several biases is
             one direction, which they share equally.
         observe: the layer's input from one call (module, args, kwargs, output): a tensor of shape
-            (..., inputs), every leading index one row, for convolutions (batch, inputs, *positions);
-            `statistics.Moments`, where they are known without one; None when there is no input to see. The
-            first argument by default.
+            (..., inputs), every leading index one row, for convolutions (batch, inputs, *positions), with the batch
+            second where the module says batch_first=False; `statistics.Moments`, where they are known without
+            one; None when there is no input to see. The first argument by default.
         span: the rows (start, stop) of the weight and bias that are the layer's; all by default, and where a
             parameter has no more.
         transposed: is the weight, whole and the only one, (in, out / groups, *taps) instead of
@@ -112,12 +112,7 @@ class Layer:
                 f"expected {type(module).__name__}.{self.weight_names[0]} to be a weight of two axes or more, got "
                 f"{'none' if shape is None else f'shape {tuple(shape)}'}; name the parameter by weight="
             )
-        if self.transposed and (span is not None or len(self.weight_names) > 1):
-            why = "several weights are joined" if span is None else "span= takes rows of it"
-            raise ValueError(
-                f"expected {type(module).__name__}.{self.weight_names[0]} to be (out, in), since {why}, got "
-                "transposed=True; make layers of whole transposed weights"
-            )
+        self._check_weights()
         first, second, *kernel = shape
         if span is not None:
             first = span[1] - span[0]
@@ -129,6 +124,27 @@ class Layer:
         self.kernel = tuple(kernel)
         self.kernel_size = math.prod(kernel)
         self.fan_in = self.inputs // self.groups * self.kernel_size
+
+    def _check_weights(self) -> None:
+        """Raises ValueError for weights that do not make rows together, or not those of a span."""
+        kind, names = type(self.module).__name__, self.weight_names
+        shapes = [tuple(self._attribute(key).shape) for key in names]
+        if len({(len(shape), shape[:1], shape[2:]) for shape in shapes}) > 1:
+            raise ValueError(
+                f"expected the weights {names} of {kind} to differ in their inputs alone, since they make one row, "
+                f"got the shapes {shapes}; make layers of their own of them"
+            )
+        if len(shapes) > 1 and self.groups > 1:
+            raise ValueError(
+                f"expected {kind} to have one group, since several weights are joined, got groups={self.groups}; "
+                "make layers of whole weights"
+            )
+        if self.transposed and (self.span is not None or len(shapes) > 1):
+            why = "several weights are joined" if self.span is None else "span= takes rows of it"
+            raise ValueError(
+                f"expected {kind}.{names[0]} to be (out, in), since {why}, got transposed=True; make layers of "
+                "whole transposed weights"
+            )
 
     def _place(self, key: str) -> tuple[Any, str]:
         *path, leaf = key.split(".")
@@ -173,7 +189,7 @@ class Layer:
     def join(self, weights: Sequence[Tensor]) -> Tensor:
         """One weight from tensors shaped like the weight parameters, with any number of leading axes."""
         parts = [self.part(w, -2 - self.taps) for w in weights]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1 - self.taps)
 
     def part(self, tensor: Tensor, axis: int) -> Tensor:
         """The layer's own rows of a parameter-shaped tensor, a view; a tensor of just those is one as it is."""

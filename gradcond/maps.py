@@ -156,7 +156,8 @@ def rate_of(group: Mapping[str, Any]) -> Any:
             f"expected momentum below 1 beside a conditioner that goes by the size of the steps, got {momentum}: a "
             "gradient that stays would be added up without end"
         )
-    return group["lr"] / (1 - momentum)
+    taken_in = 1 - group.get("dampening", 0.0) if momentum else 1.0
+    return group["lr"] * taken_in / (1 - momentum)
 
 
 def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | None) -> tuple[Rows, Rows]:
@@ -167,5 +168,7 @@ def _theta_and_gradient(layer: Layer, assignment: Assignment, chain: RowMap | No
     n, grads = len(assignment.weights), [p.grad for p in own]
     if assignment.sharded:
         own, grads = ([gathered(t) for t in tensors] for tensors in (own, grads))
-    share = max(len(grads) - n, 1)
-    return joined(layer, own[:n], own[n:]), joined(layer, grads[:n], grads[n:], share=share)
+    k = max(len(grads) - n, 1)
+    shares = (1, k) if chain is not None and chain.joins_biases else (k**0.5, k**0.5)
+    theta, gradient = (joined(layer, t[:n], t[n:], share) for t, share in zip((own, grads), shares, strict=True))
+    return theta, gradient

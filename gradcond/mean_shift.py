@@ -75,6 +75,8 @@ class Damping(SymmetricMap):
     gain: float
     taps: int
 
+    joins_biases = False
+
     def _minus(self, rows: Rows, fraction: float, gain: float) -> Rows:
         mean = rows.weight.mean(tuple(range(-self.taps, 0)), keepdim=True)
         return Rows((rows.weight - fraction * mean) * gain, rows.bias)

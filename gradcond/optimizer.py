@@ -178,7 +178,8 @@ def wrap(
         only: takes a layer's name, as the report shows it, and says whether it is conditioned; by default, all. A
             parameter group with `gradcond=False` is left alone, too.
         process_group: the processes whose rows make the gradient: None, all of them where torch.distributed is
-            initialized; a group; False, this one alone. Every rank of it must step, with rows or without.
+            initialized; a group; False, this one alone. Every rank of it must step, with rows or without. Ranks
+            of tensor parallelism see the same rows: there, the data-parallel group, or False.
         check_finite: look whether gradients and inputs are finite before anything is changed? None, on the CPU,
             where it makes nobody wait; elsewhere what is not finite goes through, as it does without conditioning.
 

@@ -28,6 +28,8 @@ class Plan:
         layers: of the model, by name.
         refusals: by layer, for each conditioner why it leaves the layer alone, or None.
         members: by layer, the places in the chain of those that take it.
+        parameters: those with which the layers were looked at last; the same object as long as nothing changes.
+        found: the assignments that belong to them; None until somebody asks.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Plan:
         self.model, self.chain, self.only = model, chain, only
         self.layers = find_layers(model)
         self.places = [place for layer in self.layers.values() for place in layer.places.values()]
+        self.parameters: Parameters | None = None
         self.ask()
 
     def ask(self) -> None:
@@ -48,8 +51,7 @@ class Plan:
             name: tuple(i for i, reason in enumerate(reasons) if reason is None)
             for name, reasons in self.refusals.items()
         }
-        self.parameters: Parameters | None = None  # to which the assignments found belong
-        self.found: list[Assignment] = []
+        self.found: list[Assignment] | None = None
 
     def _refusal(self, conditioner: Conditioner, name: str, layer: Layer) -> str | None:
         if self.only is not None and not self.only(name):
@@ -59,15 +61,15 @@ class Plan:
     def assignments(self, groups: Sequence[Mapping[str, Any]]) -> list[Assignment]:
         """The layers that these groups train and a conditioner takes; the same list as long as nothing changes."""
         now = Parameters(self.places, groups)
-        if now.same(self.parameters):
-            return self.found
-        if any(is_sharded(p) for p in now.held):
+        if not now.same(self.parameters) and any(is_sharded(p) for p in now.held):
             reshard(self.model)
             now = Parameters(self.places, groups)
         if not now.same(self.parameters):
+            self.parameters, self.found = now, None
+        if self.found is None:
             held = {id(p) for p in now.held}
             found = [self._assignment(name, layer, held) for name, layer in self.layers.items()]
-            self.parameters, self.found = now, [a for a in found if a is not None]
+            self.found = [a for a in found if a is not None]
         return self.found
 
     def _assignment(self, name: str, layer: Layer, held: set[int]) -> Assignment | None:

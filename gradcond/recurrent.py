@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gradcond.inputs import samples_of
 from gradcond.layers import Layer, register_layer
 from gradcond.moments import channel_moments
 from gradcond.statistics import Moments
@@ -169,4 +170,4 @@ def _data(x: Any) -> Tensor:
 def _samples(module: nn.RNNBase, x: Any) -> int:
     if isinstance(x, PackedSequence):
         return int(x.batch_sizes[0])
-    return x.shape[0 if module.batch_first else 1] if x.dim() == 3 else 1
+    return samples_of(module, x) if x.dim() == 3 else 1

@@ -109,6 +109,8 @@ class Tangent(SymmetricMap):
     deviation: Tensor  # (groups, out, 1, 1...)
     taps: int
 
+    joins_biases = False
+
     def _project(self, weight: Tensor) -> Tensor:
         axes = tuple(range(-1 - self.taps, 0))
         weight = weight - weight.mean(axes, keepdim=True)

@@ -19,8 +19,10 @@ from distributed_helpers import (
     train,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -100,6 +102,25 @@ def fsdp2_keeps_statistics_in_float32_under_mixed_precision():
     assert state["mean"].dtype == state["variance"].dtype == torch.float32
     assert_close(state["mean"].double(), rows.mean(0), rtol=1e-6, atol=1e-6)
     assert_close(state["variance"].double(), rows.var(0, correction=0), rtol=1e-5, atol=1e-6)
+
+
+@scenario
+def tensor_parallelism_equals_one_process():
+    """All ranks see the same rows: those of one process."""
+
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Flatten(), nn.Linear(72, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for chain in ("bnp", "gc-both", "ws", "bnp+gc+damping+clipping"):
+        model, single = parallelize_module(make(), mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()}), make()
+        optimizer, reference = (
+            wrap(sgd(m.parameters()), m, CHAINS[chain](), process_group=False) for m in (model, single)
+        )
+        train(model, optimizer, alone=True)
+        train(single, reference, alone=True)
+        assert_same(f"tensor parallelism {chain}", model, optimizer, (single, reference))
 
 
 @scenario

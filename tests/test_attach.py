@@ -148,12 +148,13 @@ def test_a_state_of_another_chain_is_refused():
     assert other.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("chain", ["bnp", "bnp+msr+damping+clipping"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_gradient_scaler_and_a_step_that_overflows(fused):
+def test_a_gradient_scaler_and_a_step_that_overflows(fused, chain):
     def run(enabled):
         model = network().float()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
-        attach(optimizer, model, [BNP()])
+        attach(optimizer, model, CHAINS[chain].chain())
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
         for step in range(4):
             x, y = data(step)

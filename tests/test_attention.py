@@ -111,6 +111,19 @@ def test_without_a_batch_axis_and_by_keywords(need_weights):
     check(module, lambda: module(**call)[0].pow(3).mean(), units(module, q, k, v, heads(module, q, k, v)))
 
 
+@pytest.mark.parametrize("how", ["batch first", "batch second", "by itself"])
+def test_sequences_are_the_samples_and_steps_the_rows(how):
+    module = build(batch_first=how == "batch first")
+    batch = 1 if how == "by itself" else 3
+    x, _, _ = inputs(module, batch)
+    x = {"batch first": x, "batch second": x.transpose(0, 1), "by itself": x[0]}[how]
+    optimizer = gradcond.wrap(torch.optim.SGD(module.parameters(), lr=1.0), module, [BNP()])
+    module(x, x, x)[0].pow(3).mean().backward()
+    optimizer.step()
+    for state in optimizer.state_dict()["gradcond"]["chain"][0]["layers"].values():
+        assert (state["samples"], state["rows"]) == (batch, 4 * batch)
+
+
 def test_calls_of_one_step_count_as_one():
     module = build(batch_first=True)
     parts = [inputs(module), inputs(module)]
@@ -164,6 +177,19 @@ def test_of_a_subclass_that_goes_on_the_output_projection_goes_through_as_it_is(
         optimizer.step()
     found = optimizer.report().conditioned
     assert [name for name, (text,) in found.items() if "1 step" in text] == ["0", "1.query", "1.key", "1.value"]
+
+
+class FirstStep(nn.MultiheadAttention):
+    def forward(self, query, key, value):
+        y, weights = super().forward(query, key, value)
+        return y[:, :1], weights
+
+
+def test_a_subclass_may_put_out_a_part():
+    torch.manual_seed(2)
+    module = FirstStep(6, 2, batch_first=True)
+    q, k, v = inputs(module)
+    check(module, lambda: module(q, k, v)[0].pow(3).mean(), units(module, q, k, v, heads(module, q, k, v)))
 
 
 def test_under_activation_checkpointing_the_output_projection_goes_through_as_it_is():

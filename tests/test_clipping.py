@@ -212,6 +212,19 @@ def test_a_gradient_is_clipped_and_its_length_folded_once(before):
         assert all(torch.equal(g, once[name]) for name, g in gradients(model).items())
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["first", "second"])
+def test_one_that_is_stepped_again_beside_another_is_clipped_once(place):
+    model = nn.ParameterList([torch.zeros(2), torch.zeros(2)])
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=0.0), model, [NormClipping(0.5, decay=0.5)])
+    model[place].grad = torch.tensor([3.0, 4.0])
+    optimizer.step()
+    assert_close(model[place].grad, torch.tensor([1.5, 2.0]))
+    model[1 - place].grad = torch.tensor([0.0, 5.0])
+    optimizer.step()
+    assert_close(model[place].grad, torch.tensor([1.5, 2.0]))
+    assert_close(model[1 - place].grad, torch.tensor([0.0, 2.5]))
+
+
 def through_a_file(model, optimizer):
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)

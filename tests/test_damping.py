@@ -143,9 +143,9 @@ def test_the_step_is_the_dense_formula(before, name):
     model, damping = network(name), RateDamping(strength=7.0, delay=2.0, floor=0.05)
     first, *others = find_layers(model).values()
     groups = [
-        {"params": first.parameters(), "lr": torch.tensor(0.003), "momentum": 0.5},
+        {"params": first.parameters(), "lr": torch.tensor(0.003), "momentum": 0.5, "dampening": 0.2},
         {"params": [p for layer in others for p in layer.parameters() if layer.name != others[-1].name]},
-        {"params": others[-1].parameters(), "lr": 0.01, "momentum": 0.0},
+        {"params": others[-1].parameters(), "lr": 0.01, "momentum": 0.0, "dampening": 0.5},  # without effect
     ]
     groups[1]["params"] = list(dict.fromkeys(groups[1]["params"]))
     sgd = torch.optim.SGD(groups, lr=0.02, momentum=0.9)
@@ -154,7 +154,7 @@ def test_the_step_is_the_dense_formula(before, name):
     reference = Reference(damping, model)
     for step in range(4):
         rates = dict.fromkeys((layer.name for layer in others), 0.02 * 0.5**step / (1 - 0.9))
-        rates[first.name] = 0.003 * 0.5**step / (1 - 0.5)
+        rates[first.name] = 0.003 * 0.5**step * (1 - 0.2) / (1 - 0.5)
         rates[others[-1].name] = 0.01 * 0.5**step
         optimizer.zero_grad()
         loss(model, step, name).backward()
@@ -320,6 +320,20 @@ def test_without_strength_it_is_the_identity():
     (a, optimizer), (b, _) = trained(0.01, RateDamping(strength=0.0)), trained(0.01, None)
     assert torch.equal(a, b)
     assert all(bool((state["factor"] == 1).all()) for state in optimizer._engine.states[-1].values())
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_with_little_strength_it_is_next_to_the_identity(before):
+    def step(chain):
+        model = network("recurrent")
+        optimizer = wrapped(model, chain, lr=0.01)
+        loss(model, 0, "recurrent").backward()
+        optimizer.step()
+        return flat_gradient(model), optimizer.preconditioner()
+
+    (bare, m), (damped, other) = step(BEFORE[before]()), step([*BEFORE[before](), RateDamping(strength=1e-14)])
+    assert_close(damped, bare, rtol=1e-6, atol=1e-9)
+    assert_close(other.apply(bare), m.apply(bare), rtol=1e-6, atol=1e-9)
 
 
 def test_a_unit_at_zero_moves_and_its_floor_says_how_far():

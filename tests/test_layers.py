@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import CHAINS, wrapped
 from dense import check, conv_units, is_transposed, places, unfolded, units_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -424,3 +425,63 @@ def test_a_grouped_convolution_inside_a_registered_module_is_conditioned_as_by_i
         optimizer.step()
     assert_close(inside.conv.weight, alone.weight, rtol=0, atol=1e-14)
     assert_close(inside.conv.bias, alone.bias, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("end", [nn.GLU(1), nn.Flatten(), nn.Identity()], ids=repr)
+def test_rows_of_a_convolution_inside_a_registered_module_are_its_positions(registry, end):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(3, 4, 3, padding=1, stride=2)
+
+        def forward(self, x):
+            return end(self.conv(x))
+
+    register_layer(Wrapped, lambda module: Layer("", module, weight="conv.weight", bias="conv.bias"))
+    model = Wrapped()
+    optimizer = gradcond.wrap(torch.optim.SGD(model.parameters(), lr=1.0), model, [BNP()])
+    model(torch.randn(2, 3, 9)).pow(3).mean().backward()
+    optimizer.step()
+    assert optimizer._engine.states[0][""]["rows"] == 10
+
+
+@pytest.mark.parametrize("chain", ["bnp", "gc", "gc-both", "msr", "bnp+msr+damping+clipping"])
+def test_several_kernels_may_make_one_row(registry, chain):
+    """As in convolutional recurrent cells: of one convolution of all their inputs."""
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x, self.h = nn.Conv1d(2, 4, 3), nn.Conv1d(3, 4, 3, bias=False)
+
+        def forward(self, both):
+            return self.x(both[:, :2]) + self.h(both[:, 2:])
+
+    register_layer(Pair, lambda module: Layer("", module, weight=("x.weight", "h.weight"), bias="x.bias"))
+    model, alone = Pair(), nn.Conv1d(5, 4, 3)
+    with torch.no_grad():
+        alone.weight.copy_(torch.cat([model.x.weight, model.h.weight], 1))
+        alone.bias.copy_(model.x.bias)
+    optimizers = [wrapped(m, CHAINS[chain].chain(), lr=0.01) for m in (model, alone)]
+    for _ in range(3):
+        both = 1 + torch.randn(4, 5, 6)
+        for m, optimizer in zip((model, alone), optimizers, strict=True):
+            optimizer.zero_grad()
+            m(both).pow(3).mean().backward()
+            optimizer.step()
+    assert_close(torch.cat([model.x.weight, model.h.weight], 1), alone.weight, rtol=1e-12, atol=1e-12)
+    assert_close(model.x.bias, alone.bias, rtol=1e-12, atol=1e-12)
+
+
+class Mixed(nn.Module):
+    def __init__(self, first, second):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(first)), nn.Parameter(torch.ones(second))
+
+
+@pytest.mark.parametrize("first, second", [((4, 2), (3, 2)), ((4, 2, 3), (4, 2, 1)), ((4, 2), (4,))], ids=str)
+def test_several_weights_of_one_row_have_the_same_units_and_kernel(first, second):
+    with pytest.raises(ValueError, match="of Mixed to differ in their inputs alone, since they make one row"):
+        Layer("", Mixed(first, second), weight=("a", "b"))
+    with pytest.raises(ValueError, match="one group, since several weights are joined, got groups=2"):
+        Layer("", Mixed((4, 2), (4, 2)), weight=("a", "b"), groups=2)
