@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,11 +55,6 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     if args.kappa_matvecs < 5:
         parser.error(f"--kappa-matvecs must be at least 5, got {args.kappa_matvecs}")
     return args
-
-
-def told(error: Exception) -> str:
-    """Return what gradcond.curvature says, and what to do about it in the words of the command line."""
-    return re.sub(r"(call )?model\.eval\(\)( first)?", "leave out --mode train", str(error))
 
 
 def positive(text: str) -> int:
