@@ -37,6 +37,7 @@ from command import InputError, ending, labels
 from matrices import (
     DTYPES,
     add_options,
+    conditioned,
     matrix_at,
     model_at,
     parse_options,
@@ -147,7 +148,7 @@ def analyse_one(
     factors = {"plain": None} if preconditioner is None else {"plain": None, "preconditioned": preconditioner}
     for variant, factor in factors.items():
         keep = functools.partial(unfinished, variant)
-        operator = functools.partial(conditioned, matrix, factor)
+        operator = functools.partial(lambda P: conditioned(matrix(), P), factor)
         if hessian.shape[0] <= args.exact_below:
             entry[variant], own = measure_exact(operator, keep, top=args.top)
         else:
@@ -156,11 +157,6 @@ def analyse_one(
         arrays |= {f"{variant}/{name}": values for name, values in own.items()}
     unfinished.tell(checkpoint.path)
     return entry, arrays
-
-
-def conditioned(matrix: Callable[[], Any], factor: Any) -> Any:
-    """Return H, or P^T H P when there is a factor P."""
-    return matrix() if factor is None else curvature.Preconditioned(matrix(), factor)
 
 
 def show(args: argparse.Namespace) -> None:
