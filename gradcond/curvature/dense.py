@@ -18,6 +18,10 @@ def eigenvalues(products: Products, chunk: int) -> tuple[Tensor, float]:
     scale = dense.norm() / products.n**0.5
     asymmetry = (dense - dense.mT).norm() / (2 * products.n) ** 0.5
     products.check_symmetry(float(asymmetry), float(scale) or 1.0)
+    curved = (dense.any(0) | dense.any(1)).nonzero()  # the others, as of dead units, have eigenvalue zero
+    if len(curved) < products.n:
+        dense = dense[curved, curved.mT]
     values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
+    values = torch.cat([values, values.new_zeros(products.n - len(values))]).sort().values
     # a random symmetric matrix of Frobenius norm f has the spectral norm 2 f / sqrt(n)
     return values, max(products.eps * float(values.abs().max()), 2 * float(asymmetry))
