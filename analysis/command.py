@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,20 +22,51 @@ class InputError(ValueError):
     """Something the user handed in cannot be used; the text says what was expected, what came, what to do."""
 
 
-@contextmanager
+def ending(interrupted: str = "interrupted") -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Have a command's main(argv) tell what the user can mend in one line, and end with status 2.
+
+    Args:
+        interrupted: the line of a run that was stopped, which ends with status 130.
+    """
+
+    def decorate(main: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(main)
+        def ended(argv: Sequence[str] | None = None) -> int:
+            try:
+                return main(argv)
+            except (InputError, MemoryError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print(interrupted, file=sys.stderr)
+                return 130
+
+        return ended
+
+    return decorate
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary name beside `path`; it becomes `path` when the block ends well and vanishes when not.
+    """Gather what `path` shall hold; it is written when the block ends well, and takes that name when it is whole.
 
     A reader therefore sees the old file or the new one, never half of one. Missing folders are created.
+
+    Raises:
+        InputError: if it cannot be written, as where the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    gathered = io.BytesIO()
+    yield gathered
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(gathered.getbuffer())
         os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; mend that and give the command again") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def require_folder(path: Path) -> None:
@@ -69,9 +103,9 @@ def to_json(value: Any) -> Any:
     return str(value)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as strict, indented JSON."""
-    text = json.dumps(to_json(value), indent=2, allow_nan=False)
+def write_json(path: Path, version: int, report: Mapping[str, Any]) -> None:
+    """Write a report as strict, indented JSON, which begins with "format": `version`."""
+    text = json.dumps(to_json({"format": version, **report}), indent=2, allow_nan=False)
     with replacing(path) as file:
         file.write(f"{text}\n".encode())
 

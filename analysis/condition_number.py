@@ -25,10 +25,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
-from command import labels, read_json, require_folder, write_json
+from command import ending, labels, read_json, write_json
 from condition_figure import draw
 from condition_table import print_table
 from conditions import Conditions
@@ -42,14 +43,14 @@ from matrices import (
     parse_options,
     positive,
     saved_preconditioner,
-    told,
 )
 from problems import Problem, load_problem, to
+from redrawing import measure_and_show
 from spectra import Numbers
 from spectrum_files import versions
 from torch import nn
 from tqdm import tqdm
-from unfinished import INTERRUPTED, Unfinished, forget, identity
+from unfinished import INTERRUPTED, Unfinished, identity
 
 from gradcond import curvature
 
@@ -175,27 +176,24 @@ def _products(blocks: Sequence[LayerBlock], variants: int, args: argparse.Namesp
     return variants * sum(size if size <= args.kappa_matvecs else 2 * args.kappa_matvecs for size in sizes)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after telling what is wrong with the input."""
-    args = parse(argv)
-    try:
-        require_folder(args.out)
-        path = args.out / "condition.json"
-        if not args.redraw:
-            report = analyse(args)
-            write_json(path, {"format": FORMAT, "versions": versions(), **report})
-        report = read_json(path, FORMAT)  # as a redrawing will see it
-    except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
-        print(f"error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
+def write(folder: Path, report: Numbers) -> None:
+    """Write the file, whole or not at all."""
+    write_json(folder / "condition.json", FORMAT, {"versions": versions(), **report})
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print and draw what the file holds."""
+    report = read_json(args.out / "condition.json", FORMAT)
     print_table(report)
     draw(report, args.out / "condition.png")
     print(f"wrote {args.out}/condition.{'png' if args.redraw else '{json,png}'}")
-    if not args.redraw:
-        forget(args.out, "condition")
+
+
+@ending(INTERRUPTED)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its status."""
+    args = parse(argv)
+    measure_and_show(args, "condition", lambda: write(args.out, analyse(args)), lambda: show(args))
     return 0
 
 

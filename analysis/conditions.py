@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from layer_blocks import LayerBlock
+from matrices import conditioned
 from spectra import Numbers, bulk, scalars
 from torch import Tensor
 from unfinished import Unfinished
@@ -85,12 +86,8 @@ class Conditions:
         return self.H.to_dense(progress=self.report)
 
     def _matrix(self, variant: str) -> Any:
-        P = self.factors[variant]
-        if P is None:
-            return self._plain
         if variant not in self.matrices:
-            K = curvature.Preconditioned(self._plain, P)
-            self.matrices[variant] = K.to_dense() if self.exact else K
+            self.matrices[variant] = conditioned(self._plain, self.factors[variant])
         return self.matrices[variant]
 
     def _by_name(self, places: Mapping[str, Tensor], matrix: Callable[[str], Any]) -> dict[str, Numbers]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from command import InputError, labels, require_folder, write_npz
+from command import ending, labels, require_folder, write_npz
 from drawing import FORMATS, legend_below, line_style, literal, panels, require_picture
 from metrics import QUANTITIES, Curves, load_run
 
@@ -124,17 +124,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@ending()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after telling what is wrong with the input."""
+    """Run the command; return its status."""
     args = parse(argv)
-    try:
-        require_picture(args.out)
-        require_folder(args.out.parent)
-        names = labels(args.runs, suffix=True)
-        runs = {name: load_run(folder, smooth=args.smooth) for name, folder in zip(names, args.runs, strict=True)}
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    require_picture(args.out)
+    require_folder(args.out.parent)
+    names = labels(args.runs, suffix=True)
+    runs = {name: load_run(folder, smooth=args.smooth) for name, folder in zip(names, args.runs, strict=True)}
     drawn = bands(runs)
     draw(drawn, args.out)
     write_npz(args.out.with_suffix(".npz"), drawn)

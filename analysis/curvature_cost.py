@@ -37,7 +37,7 @@ import curvature_contestants as contestants
 import curvature_peers
 import numpy as np
 import torch
-from command import InputError, replacing, require_folder, write_json
+from command import ending, replacing, require_folder, write_json
 from curvature_contestants import OURS, Entries, Run, quietly
 from curvature_problems import PROBLEMS, Problem, known_spectrum, reference
 from scipy.sparse.linalg import LinearOperator
@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 import gradcond
 
+FORMAT = 1  # to be raised when a reader of the old files would misread the new
 LOSS = nn.CrossEntropyLoss()
 KEPT = 2048  # bytes: smaller ones are Python's own objects
 Errors = Callable[[Run], dict[str, float]]  # a run -> its errors by name, the first one decides
@@ -286,15 +287,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@ending()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after telling what is wrong with the input."""
+    """Run the command; return its status."""
     args = parse(argv)
-    try:
-        if args.out is not None:
-            require_folder(args.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.out is not None:
+        require_folder(args.out)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()  # the many collections between measurements look at what the measurements make
@@ -306,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found["tables"] |= made
         print(markdown({**found, "tables": made}), flush=True)
         if args.out is not None:
-            write_json(args.out / "curvature_cost.json", found)
+            write_json(args.out / "curvature_cost.json", FORMAT, found)
             with replacing(args.out / "curvature_cost.md") as file:
                 file.write(f"{markdown(found)}\n".encode())
     if peers:

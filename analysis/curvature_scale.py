@@ -35,10 +35,11 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import load_checkpoint
-from command import InputError, replacing, require_folder, write_json
+from command import InputError, ending, replacing, require_folder, write_json
 from curvature_data import Images, Text, rise
 from curvature_growth import growth
 from curvature_problems import large_gpt
+from spectrum_files import versions
 from step_models import resnet18
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,6 +48,7 @@ from unfinished import Unfinished, forget
 from gradcond import curvature
 
 LOSS = nn.CrossEntropyLoss()
+FORMAT = 1  # to be raised when a reader of the old files would misread the new
 COMMAND = "curvature_scale"
 EIGENPAIRS, EXPECTED = 5, 60  # pairs, and about the products that they take
 
@@ -207,8 +209,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@ending("interrupted; a --network with --out goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after telling what is wrong with the input."""
+    """Run the command; return its status."""
     args = parse(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
@@ -219,15 +222,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if path is not None and not path.is_file():
                 raise InputError(f"expected a file, got {path}")
         found: dict[str, Any] = network(args) if args.network else growth(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     finally:
         torch.set_num_threads(threads)
     for key, value in found.items():
         print(f"{key}: {value}")
     if args.out is not None:
-        write_json(args.out / "curvature_scale.json", found)
+        write_json(
+            args.out / "curvature_scale.json", FORMAT, {"settings": vars(args), "versions": versions(), **found}
+        )
         forget(args.out, COMMAND)
     return 0
 

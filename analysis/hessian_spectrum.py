@@ -33,18 +33,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
-from command import InputError, labels, require_folder
+from command import InputError, ending, labels
 from matrices import (
     DTYPES,
     add_options,
+    conditioned,
     matrix_at,
     model_at,
     parse_options,
     positive,
     saved_preconditioner,
-    told,
 )
 from problems import Problem, load_problem, to
+from redrawing import measure_and_show
 from spectra import Arrays, Numbers, measure, measure_exact
 from spectrum_figure import draw
 from spectrum_files import read, write
@@ -52,7 +53,7 @@ from spectrum_table import VARIANTS, print_table
 from torch import nn
 from tqdm import tqdm
 from trajectory_figure import draw_trajectory
-from unfinished import INTERRUPTED, Unfinished, forget, identity
+from unfinished import INTERRUPTED, Unfinished, identity
 
 from gradcond import curvature
 
@@ -147,7 +148,7 @@ def analyse_one(
     factors = {"plain": None} if preconditioner is None else {"plain": None, "preconditioned": preconditioner}
     for variant, factor in factors.items():
         keep = functools.partial(unfinished, variant)
-        operator = functools.partial(conditioned, matrix, factor)
+        operator = functools.partial(lambda P: conditioned(matrix(), P), factor)
         if hessian.shape[0] <= args.exact_below:
             entry[variant], own = measure_exact(operator, keep, top=args.top)
         else:
@@ -158,27 +159,10 @@ def analyse_one(
     return entry, arrays
 
 
-def conditioned(matrix: Callable[[], Any], factor: Any) -> Any:
-    """Return H, or P^T H P when there is a factor P."""
-    return matrix() if factor is None else curvature.Preconditioned(matrix(), factor)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after telling what is wrong with the input."""
-    args = parse(argv)
-    try:
-        require_folder(args.out)
-        report, arrays = read(args.out) if args.redraw else analyse(args)
-    except (ValueError, MemoryError) as error:  # ours, and those of gradcond.curvature
-        print(f"error: {told(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
-    if not args.redraw:
-        write(args.out, report, arrays)
-        report, arrays = read(args.out)  # as a redrawing will see them
-        print_table(report)
+def show(args: argparse.Namespace) -> None:
+    """Print and draw what the files hold."""
+    report, arrays = read(args.out)
+    print_table(report)
     draw(report, arrays, args.out / "spectrum.png")
     print(f"wrote {args.out}/spectrum.{'png' if args.redraw else '{json,npz,png}'}")
     if len(report["checkpoints"]) > 1:
@@ -186,8 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {args.out}/trajectory.png")
     else:  # one of an earlier run would not be of these checkpoints
         (args.out / "trajectory.png").unlink(missing_ok=True)
-    if not args.redraw:
-        forget(args.out, "spectrum")
+
+
+@ending(INTERRUPTED)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its status."""
+    args = parse(argv)
+    measure_and_show(args, "spectrum", lambda: write(args.out, *analyse(args)), lambda: show(args))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from checkpoints import Checkpoint
 from command import InputError, device
 from problems import Problem
-from torch import nn
+from torch import Tensor, nn
 
 from gradcond import curvature, load_preconditioner
 from gradcond.curvature.products import METHODS
@@ -58,11 +57,6 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     return args
 
 
-def told(error: Exception) -> str:
-    """Return what gradcond.curvature says, and what to do about it in the words of the command line."""
-    return re.sub(r"(call )?model\.eval\(\)( first)?", "leave out --mode train", str(error))
-
-
 def positive(text: str) -> int:
     """Read a whole number of at least 1."""
     value = int(text)
@@ -88,6 +82,16 @@ def saved_preconditioner(model: nn.Module, checkpoint: Checkpoint) -> Any:
         return load_preconditioner(model, checkpoint.optimizer or {})
     except ValueError as error:
         raise InputError(f"{checkpoint.path}, its optimizer's state: {error}") from error
+
+
+def conditioned(matrix: Any, P: Any) -> Any:
+    """Return P^T H P of an operator H, or of one that has been written out; H itself where P is None."""
+    if P is None:
+        return matrix
+    if isinstance(matrix, Tensor):
+        half = P.factor_transpose(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+        return P.factor_transpose(half.mT).to(matrix.dtype)  # (P^T H)^T = H P
+    return curvature.Preconditioned(matrix, P)
 
 
 def matrix_at(

@@ -19,7 +19,7 @@ FORMAT = 1  # to be raised when a reader of the old files would misread the new
 def write(folder: Path, report: Numbers, arrays: Arrays) -> None:
     """Write both files, each whole or not at all."""
     write_npz(folder / "spectrum.npz", arrays)
-    write_json(folder / "spectrum.json", {"format": FORMAT, "versions": versions(), **report})
+    write_json(folder / "spectrum.json", FORMAT, {"versions": versions(), **report})
 
 
 def versions() -> dict[str, str]:

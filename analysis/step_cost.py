@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import step_timing
 import torch
-from command import InputError, device, replacing, require_folder, write_json
+from command import device, ending, replacing, require_folder, write_json
 from step_floor import ByHand
 from step_models import CASES, Case, perceptron, transformer
 from step_timing import Step, compare, interleaved, keep_freed_memory, spread
@@ -54,6 +54,7 @@ CHAINS: dict[str, Callable[[], list[gradcond.Conditioner]]] = {
 }
 
 
+FORMAT = 1  # to be raised when a reader of the old files would misread the new
 BY_HAND = "BNP by hand"
 
 
@@ -307,15 +308,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@ending()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after telling what is wrong with the input."""
+    """Run the command; return its status."""
     args = parse(argv)
-    try:
-        if args.out is not None:
-            require_folder(args.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.out is not None:
+        require_folder(args.out)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found: dict[str, Any] = {"machine": machine(args, keep_freed_memory()), "cases": {}}
@@ -323,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found["cases"][key] = measure(CASES[key], args)
         print(markdown({**found, "cases": {key: found["cases"][key]}}), flush=True)
         if args.out is not None:
-            write_json(args.out / "step_cost.json", found)
+            write_json(args.out / "step_cost.json", FORMAT, found)
             with replacing(args.out / "step_cost.md") as file:
                 file.write(f"{markdown(found)}\n".encode())
     torch.set_num_threads(threads)

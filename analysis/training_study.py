@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import InputError, read_npz, require_folder
+from command import InputError, ending, read_npz, require_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -266,8 +266,18 @@ def _power(rate: float) -> str:
 
 
 def read(path: Path) -> list[Result]:
-    """Return the lines of a results file, none if there is no file yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Return the lines of a results file, none if there is no file yet.
+
+    Raises:
+        InputError: if one of them is damaged, as a full disk leaves it.
+    """
+    results = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            results.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"line {number} of {path} is damaged ({error}); delete it") from error
+    return results
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -296,17 +306,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@ending("interrupted; with --out the same command goes on from here")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after telling what is wrong with the input."""
+    """Run the command; return its status."""
     args = parse(argv)
-    try:
-        if args.out is not None:
-            require_folder(args.out)
-            args.out.mkdir(parents=True, exist_ok=True)
-        data = load_data(args.task, args.data)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.out is not None:
+        require_folder(args.out)
+        args.out.mkdir(parents=True, exist_ok=True)
+    data = load_data(args.task, args.data)
     results = read(args.out / "results.jsonl") if args.out else []
     setting = {key: getattr(args, key) for key in ("task", "batch", "steps", "momentum")}
     wanted = [

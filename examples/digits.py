@@ -5,7 +5,6 @@ layers, or gradient conditioning, put right.
 """
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 loss_fn = nn.CrossEntropyLoss()
@@ -36,6 +35,8 @@ def he_init_(model: nn.Sequential) -> nn.Sequential:
 
 def split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same split every time: 1,437 training and 360 test images as (x_train, y_train, x_test, y_test)."""
+    from sklearn.datasets import load_digits  # takes a second, and not all that build the model need the data
+
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(digits.data, dtype=torch.float32)[order]

@@ -107,10 +107,11 @@ def load_preconditioner(model: nn.Module, state: Mapping[str, Any]) -> Precondit
         tensor([-1.,  1.,  5.])
     """
     state = state.get("gradcond", state)
-    if "chain" not in state or "layers" not in state:
+    if not isinstance(state, Mapping) or not {"chain", "layers"} <= state.keys():
+        got = f"the keys {sorted(map(str, state))[:6]}" if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(
-            "expected the state of an optimizer made by gradcond.wrap, with an entry 'gradcond', got the keys "
-            f"{sorted(map(str, state))[:6]}; save optimizer.state_dict() of the wrapped optimizer"
+            f"expected the state of an optimizer made by gradcond.wrap, with an entry 'gradcond', got {got}; "
+            "save optimizer.state_dict() of the wrapped optimizer"
         )
     layers = find_layers(model)
     chain = []

@@ -282,11 +282,18 @@ def spoil_conditioner(folder):
     torch.save(saved, folder / "last.pt")
 
 
+def spoil_conditioners(folder):
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved["optimizer"]["gradcond"] = 3
+    torch.save(saved, folder / "last.pt")
+
+
 BAD = {
     "no checkpoint": (lambda folder: (folder / "last.pt").unlink(), [], "no checkpoint file at"),
     "architecture": (spoil_shape, [], "another architecture"),
     "data": (spoil_data, [], "do not go together"),
     "conditioner": (spoil_conditioner, [], "unknown conditioner 'Unheard'"),
+    "conditioners": (spoil_conditioners, [], "with an entry 'gradcond', got int"),
     "dropout": (lambda folder: None, ["--mode", "train"], "dropout is active in '4'"),
     "out is a file": (lambda folder: (folder / "out").write_text(""), [], "is a file; name another folder"),
 }
@@ -320,6 +327,8 @@ BAD_FILES = {
     "none": (None, ["no ", "condition.json", "--redraw needs"]),
     "damaged": ("{", ["condition.json is damaged", "measure again"]),
     "format": ('{"format": 2}', ['"format": 1', "measure again"]),
+    "empty": ('{"format": 1}', ["damaged", "KeyError: 'checkpoints'", "measure again"]),
+    "kinds": ('{"format": 1, "checkpoints": [3]}', ["damaged", "TypeError", "measure again"]),
 }
 
 

@@ -51,7 +51,9 @@ def test_the_command_writes_its_tables_without_any_peer(tmp_path, capsys):
     text = capsys.readouterr().out
     assert (tmp_path / "curvature_cost.md").read_text() == text
     assert "missing: curvlinops, hessian-eigenthings, PyHessian, backpack" in text
-    tables = json.loads((tmp_path / "curvature_cost.json").read_text())["tables"]
+    found = json.loads((tmp_path / "curvature_cost.json").read_text())
+    tables = found["tables"]
+    assert found["format"] == 1
     assert len(tables) == 8
     for title, rows in tables.items():
         assert {row["name"].split()[0] for row in rows} == {"gradcond"}
@@ -165,8 +167,7 @@ def test_a_killed_run_goes_on_from_the_products_it_has_made(tmp_path, monkeypatc
     assert run("whole") == 0
     all_products = len(made)
     most[0] = 20
-    with pytest.raises(KeyboardInterrupt):
-        run("killed")
+    assert run("killed") == 130
     assert not (tmp_path / "killed" / "curvature_scale.json").exists()
     most[0] = 10**9
     assert run("killed") == 0
@@ -177,6 +178,9 @@ def test_a_killed_run_goes_on_from_the_products_it_has_made(tmp_path, monkeypatc
         "curvature_scale.json",
         "curvature_scale.npz",
     ]
+    report = json.loads((tmp_path / "killed" / "curvature_scale.json").read_text())
+    assert (report["format"], report["settings"]["network"], report["parameters"]) == (1, "gpt", 1024)
+    assert set(report["versions"]) == {"gradcond", "torch", "numpy", "scipy", "python"}
 
 
 @pytest.mark.parametrize(

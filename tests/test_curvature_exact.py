@@ -70,6 +70,17 @@ def test_the_density_has_mass_one_and_no_sampling_error():
     assert_close(d.nodes, values.sort().values)
 
 
+@pytest.mark.parametrize("alive", [0, 1, 17], ids="{} of 20 rows".format)
+def test_rows_of_zeros_are_eigenvalues_of_exactly_zero(alive):
+    a, own = torch.zeros(20, 20, dtype=torch.float64), SPECTRA["random"][:alive]
+    index = torch.randperm(20, generator=torch.Generator().manual_seed(1))[:alive]
+    if alive:
+        a[index[:, None], index] = matrix(own)
+    values = exact_spectrum(a).eigenvalues
+    assert int((values == 0).sum()) == 20 - alive
+    assert_close(values, torch.cat([own, own.new_zeros(20 - alive)]).sort().values)
+
+
 def test_a_spectrum_that_runs_into_the_noise_is_not_resolved():
     values = torch.logspace(-9, 0, 60, dtype=torch.float64)
     c = exact_spectrum(matrix(values).float()).condition

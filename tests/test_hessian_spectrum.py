@@ -324,6 +324,8 @@ BAD_FILES = {
     "none": (None, ["no ", "spectrum.json", "--redraw needs"]),
     "damaged": ("{", ["damaged", "measure again"]),
     "format": ('{"format": 2}', ['"format": 1', "measure again"]),
+    "empty": ('{"format": 1}', ["damaged", "KeyError: 'checkpoints'", "measure again"]),
+    "kinds": ('{"format": 1, "checkpoints": [3]}', ["damaged", "TypeError", "measure again"]),
 }
 
 

@@ -57,6 +57,18 @@ def test_every_export_is_documented_with_an_example(package):
         assert any(test.examples for test in finder.find(thing, name)), f"{name} has no doctest"
 
 
+@pytest.mark.parametrize("name", ["GGN", "EmpiricalFisher", "MonteCarloFisher"])
+def test_every_matrix_of_a_loss_shows_the_arguments_of_the_hessian(name):
+    def arguments(kind):
+        return inspect.signature(kind).parameters
+
+    own = {"mc_samples", "seed"} if name == "MonteCarloFisher" else set()
+    found, expected = arguments(getattr(gradcond.curvature, name)), arguments(gradcond.curvature.Hessian)
+    assert found.keys() - own == expected.keys()
+    for argument, parameter in expected.items():
+        assert found[argument] == parameter
+
+
 def test_every_module_has_a_docstring_and_no_module_is_left_out():
     for info in pkgutil.walk_packages([str(ROOT)], "gradcond."):
         assert importlib.import_module(info.name).__doc__, f"{info.name} has no docstring"

@@ -81,3 +81,12 @@ def test_a_study_tells_of_data_of_another_kind(tmp_path, capsys, monkeypatch, co
     assert training_study.main(["--task", "cifar10", "--data", str(path)]) == 2
     words = "got (4, 28, 28)" if content == "images" else "expected an .npz file with x_train"
     assert words in capsys.readouterr().err
+
+
+def test_a_study_tells_of_a_damaged_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "analysis"))
+    import training_study
+
+    (tmp_path / "results.jsonl").write_text('{"task": "digits", "batch": 8}\n{"task": "dig')
+    assert training_study.main(["--out", str(tmp_path)]) == 2
+    assert f"error: line 2 of {tmp_path / 'results.jsonl'} is damaged" in capsys.readouterr().err

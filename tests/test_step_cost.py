@@ -105,7 +105,9 @@ def test_the_command_writes_its_tables(tmp_path, capsys):
     assert torch.get_num_threads() == threads
     text = capsys.readouterr().out
     assert (tmp_path / "step_cost.md").read_text() == text
-    rows = json.loads((tmp_path / "step_cost.json").read_text())["cases"]["b6"]["variants"]
+    found = json.loads((tmp_path / "step_cost.json").read_text())
+    rows = found["cases"]["b6"]["variants"]
+    assert found["format"] == 1
     assert list(rows) == ["plain", "BatchNorm", "BNP"]
     assert rows["BatchNorm"]["ratio"] == 1
     assert "| BNP |" in text and "GradientCentralization alone, 4 gradients" in text

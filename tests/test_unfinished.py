@@ -1,5 +1,6 @@
 """An interrupted run goes on where it was, and nothing of another run is mistaken for its own."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -49,6 +50,18 @@ def folder(tmp_path):
         layers = torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2)
         torch.save(torch.nn.Sequential(*layers).double().state_dict(), tmp_path / f"step{step}.pt")
     return tmp_path
+
+
+@pytest.fixture
+def full_disk():
+    """Lets no file grow beyond so many bytes, or any size again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(most: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before if most is None else (most, before[1]))
+
+    yield limit
+    limit(None)
 
 
 def command(folder: Path, *more: str, out: str = "out") -> list[str]:
@@ -177,8 +190,7 @@ def test_a_run_that_is_stopped_as_it_draws_measures_nothing_again(folder, monkey
     module, count = sys.modules[run.__module__], stop(monkeypatch, "exact_spectrum", 0)
     with monkeypatch.context() as patch:
         patch.setattr(module, "draw", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            run(command(folder))
+        assert run(command(folder)) == 130
     measured = list(count)
     assert run(command(folder)) == 0
     assert count == measured
@@ -201,6 +213,20 @@ def test_a_damaged_result_is_told(folder, interrupted, capsys):
     path.write_bytes(path.read_bytes()[:50])
     assert main(command(folder, *ESTIMATES)) == 2
     assert f"{path} of an earlier run is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("most", [600, 6000], ids=["a result", "the picture"])
+@pytest.mark.parametrize("run", [main, condition_number.main], ids=["spectrum", "condition"])
+def test_a_full_disk_is_told_and_the_run_goes_on_where_there_is_room(folder, full_disk, capsys, run, most):
+    full_disk(most)
+    assert run(command(folder)) == 2
+    last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert last.startswith(f"error: cannot write {folder / 'out'}") and "give the command again" in last
+    assert not list((folder / "out").rglob("*.tmp"))
+    full_disk(None)
+    assert run(command(folder)) == 0
+    assert run(command(folder, out="whole")) == 0
+    assert files(folder, "out") == files(folder, "whole")
 
 
 def test_a_killed_process_leaves_whole_results(folder):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator
 from gradcond.curvature.likelihoods import LIKELIHOODS
@@ -79,12 +79,26 @@ class MonteCarloFisher(GaussNewtonOperator):
                 [0., 4.]])
     """
 
-    def __init__(self, *args: Any, mc_samples: int = 1, seed: int = 0, **options: Any) -> None:
-        super().__init__(*args, **options)
+    _needs_output = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any],
+        data: Iterable[Any],
+        *,
+        mc_samples: int = 1,
+        seed: int = 0,
+        weight_fn: Callable[[Any], Any] | None = None,
+        method: str = "auto",
+        chunk: int | None = None,
+        process_group: Any = None,
+    ) -> None:
+        options: Any = {"method": method, "chunk": chunk, "process_group": process_group}
+        super().__init__(model, loss_fn, data, weight_fn=weight_fn, **options)
         self.mc_samples, self.seed = mc_samples, operator.index(seed)
         if mc_samples < 1:
             raise ValueError(f"expected mc_samples >= 1, got {mc_samples}")
-        self.objective.require_output(type(self).__name__)
         loss = self.objective.torch_loss
         if loss is None or loss.name not in LIKELIHOODS:
             raise ValueError(

@@ -125,10 +125,7 @@ class GGN(GaussNewtonOperator):
     """
 
     _long = 0.2  # forward mode gains on longer ones, too
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.objective.require_output(type(self).__name__)
+    _needs_output = True
 
     def _tops(self, output: Any, batch: Any, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
         # cut the graph at the outputs: the loss above, the model below

@@ -104,6 +104,7 @@ class LossOperator(Operator):
     ``_forward_over_reverse``; both set the share of the batch.
     """
 
+    _needs_output = False  # whether loss and model must be separable
     _long = 0.05  # seconds of a product on the CPU: several in one pass gain no time
     _forward_costs = 1.0  # what the latter takes at least, in times of what building the graph of the former takes
 
@@ -123,6 +124,8 @@ class LossOperator(Operator):
         if method not in METHODS:
             raise ValueError(f"expected method in {METHODS}, got {method!r}")
         self.model, self.loss_fn, self.objective = unwrap(model), loss_fn, Objective(loss_fn, weight_fn)
+        if self._needs_output:
+            self.objective.require_output(type(self).__name__)
         self.data: Iterable[Any] = list(data) if isinstance(data, Iterator) else data
         self.processes = Processes(process_group)
         if num_batches(data) == 0 and not self.processes.several:
