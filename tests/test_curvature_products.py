@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from dense_curvature import assert_same_operator, dense_ggn, dense_hessian, problem, split
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from gradcond.curvature import (
@@ -38,7 +39,7 @@ from gradcond.curvature import (
     tridiagonalize,
 )
 from gradcond.curvature.passes import SWITCHES, Draws
-from gradcond.curvature.products import Trial, probe
+from gradcond.curvature.products import Probe, Trial, probe
 
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
 KIBIBYTE = 1024 if sys.platform == "darwin" else 1
@@ -414,6 +415,75 @@ def test_a_kept_graph_that_draws_repeats_itself():
     assert after == before
 
 
+def test_several_columns_by_forward_mode_leave_random_states():
+    class Depth(nn.Module):
+        def forward(self, x):
+            return (random.random() + np.random.rand() + torch.rand(())) * x
+
+    _, x, y = problem()
+    G = GGN(nn.Sequential(nn.Linear(4, 4), Depth(), nn.Linear(4, 3)), nn.CrossEntropyLoss(), [(x, y)])
+    V = torch.randn(G.shape[0], 4)
+    expected = torch.stack([G @ v for v in V.unbind(1)], 1)  # which draws nothing more
+    G.probe = Probe("double_backward", "long enough to try it", {"double_backward": 0.01})
+    before = random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()
+    torch.testing.assert_close(G @ V, expected)
+    assert (random.getstate(), str(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()) == before
+
+
+class Recomputed(nn.Module):
+    def forward(self, x):
+        q = x[None, None]
+        return checkpoint(lambda x: x * F.scaled_dot_product_attention(q, q, q)[0, 0], x, use_reentrant=False)
+
+
+class Hooked(nn.Module):
+    def forward(self, x):
+        x = x.tanh()
+        x.register_hook(lambda g: g)
+        return x
+
+
+class Looks(DrawsInBackward):
+    @staticmethod
+    def backward(ctx, g):
+        return LooksInSecond.apply(g)
+
+
+class LooksInSecond(DrawsInSecond):
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 + torch.backends.cuda.flash_sdp_enabled())
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return Looks.apply(x)
+
+
+@pytest.mark.parametrize("layer, quiet", [(nn.Tanh, True), (Recomputed, False), (Hooked, False), (Own, False)])
+def test_what_runs_python_keeps_its_surroundings(layer, quiet):
+    _, x, y = problem()
+    H = Hessian(nn.Sequential(nn.Linear(4, 4), layer(), nn.Linear(4, 3)), nn.CrossEntropyLoss(), [(x, y)])
+    v = torch.ones(H.shape[0])
+    first = H @ v
+    for _ in range(3):
+        torch.testing.assert_close(H @ v, first, rtol=0, atol=0)
+    assert (H._kept.quiet, H._kept.draws) == (quiet, False)
+
+
+def test_a_profiler_is_left_alone():
+    H = Hessian(*problem()[:1], nn.CrossEntropyLoss(), [problem()[1:]])
+    v, seen = torch.ones(H.shape[0]), []
+    H @ v
+    sys.setprofile(lambda *event: seen.append(event))
+    try:
+        H @ v
+        assert sys.getprofile() is not None
+    finally:
+        sys.setprofile(None)
+    assert seen and not H._kept.quiet
+
+
 def noisy(output, target):
     return (1 + np.random.rand() + random.random()) * F.cross_entropy(output, target)
 
@@ -436,12 +506,12 @@ def test_every_generator_of_numpy_is_put_back(generator):
     try:
         np.random.set_bit_generator(getattr(np.random, generator)(7))
         np.random.randn()  # leaves a second number waiting
-        before, twin = np.random.get_state(legacy=False), Draws()
         H = Hessian(*problem()[:1], noisy, [problem()[1:]])
+        before, twin = np.random.get_state(legacy=False), Draws()
         H @ torch.ones(H.shape[0])
-        assert str(np.random.get_state(legacy=False)) == str(before) and twin.only_torch_since()
+        assert str(np.random.get_state(legacy=False)) == str(before) and twin.unmoved()
         numbers = np.random.randn(700)
-        assert not twin.only_torch_since()
+        assert not twin.unmoved()
         twin.restore()
         assert np.array_equal(np.random.randn(700), numbers)
     finally:
