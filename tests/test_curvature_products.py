@@ -92,7 +92,7 @@ def test_forward_mode_is_tried_where_it_may_win(method, keeps, building, tried, 
     (taken, product), tried = found(2.0), tried or method != "auto"
     assert bool(forwards) == tried
     assert taken.method == ("forward_over_reverse" if tried else "double_backward")
-    assert tried or product is built[-1]
+    assert tried or product is (built[-1] if keeps else None)  # used up
     assert found(0.1)[0].method == "forward_over_reverse"
 
 
@@ -203,6 +203,19 @@ def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
     assert vectors(kind(model, nn.CrossEntropyLoss(), batches), v) < first
     H = kind(model, nn.CrossEntropyLoss(), batches)
     assert peak_bytes(H.check_deterministic) / (H.shape[0] * v.element_size()) < first + 1.1
+
+
+@pytest.mark.parametrize("kind, activations", [(Hessian, 24.1), (GGN, 22.1)])
+def test_graphs_of_several_batches_are_freed_as_they_are_used(kind, activations, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analysis"))
+    peak_bytes = importlib.import_module("step_timing").peak_bytes
+    monkeypatch.setattr(kind, "_forward_costs", 1e9)  # forward mode cannot win
+    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.Tanh())))
+    batches = [(torch.randn(4000, 16), torch.zeros(4000).long()) for _ in range(2)]
+    H = kind(model, nn.CrossEntropyLoss(), batches)
+    for _ in range(2):  # the trial of the first one, too
+        peak = peak_bytes(lambda: H @ torch.ones(H.shape[0]))
+        assert peak / batches[0][0].nbytes < activations  # of twelve layers
 
 
 def test_what_the_first_product_tries_it_uses(monkeypatch):

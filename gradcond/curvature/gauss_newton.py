@@ -52,7 +52,8 @@ class GaussNewtonOperator(LossOperator):
             if forward:
                 pushed = outputs_along(evaluation, names, {names[i]: part for i, part in moved.items()})
             else:
-                pushed = grad([slopes[i] for i in moved], dummies, list(moved.values()), batched=batched)
+                above, free = [slopes[i] for i in moved], evaluation.frees
+                pushed = grad(above, dummies, list(moved.values()), batched=batched, free=free)
             below = [parameters[i] for i in own]
             return grad(tops, below, bend(pushed, batched), batched=batched, free=evaluation.frees)
 

@@ -389,11 +389,13 @@ class LossOperator(Operator):
     def _probe(self, evaluation: Evaluation) -> tuple[Probe, Product | None]:
         if self.method == "double_backward":
             return Probe(self.method, "asked for"), None
+        keeps = num_batches(self.data) == 1
+        evaluation.frees = not keeps
         trial = Trial(
             lambda: self._double_backward(evaluation),
             self._forward_over_reverse(evaluation),
             self._random(evaluation.parameters),
-            keeps=num_batches(self.data) == 1,
+            keeps=keeps,
             costs=self._forward_costs,
         )
         return probe(trial, self.method, self.dtype)

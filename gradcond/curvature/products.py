@@ -144,14 +144,14 @@ class Trial:
 
 
 def probe(trial: Trial, method: str, dtype: torch.dtype) -> tuple[Probe, Product | None]:
-    """Compares the methods on the first batch: the faster one where both agree; and what was built for it.
+    """Compares the methods on the first batch: the faster one where both agree; and what was built, if it is kept.
 
     The second run of each counts where one of the first is short. Double backward, which has kernels for most,
     is the one to agree with.
     """
 
     def taken(name: str, reason: str) -> tuple[Probe, Product | None]:
-        return Probe(name, reason, trial.seconds), trial.product
+        return Probe(name, reason, trial.seconds), trial.product if trial.keeps else None
 
     if method == "auto" and trial.decided():
         return taken("double_backward", "forward mode takes longer than building its graph")
