@@ -352,7 +352,7 @@ class LossOperator(Operator):
         product = None
         if self.probe is None:
             self.probe, product = self._probe(evaluation)
-        evaluation.once, evaluation.frees = once or not self._goes_forward, once
+        evaluation.once = evaluation.frees = once
         if self._goes_forward:
             return self._forward_over_reverse(evaluation)
         return self._double_backward(evaluation) if product is None else product
