@@ -50,7 +50,7 @@ class Evaluation:
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
         self.once = False  # it is evaluated no more than once from now on
         self.frees = False  # and its graph is for a single product
-        self.moving: list[bool] = []  # which tensors of the output depend on the parameters
+        self.moving: list[bool] | None = None  # which tensors of the output depend on the parameters
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self.start = 0  # and its place among the numbers drawn for all data
         self._draws: Draws | None = None
