@@ -145,7 +145,7 @@ def dense(kind, model, output, loss):
 # (model, operator) where torch has no forward derivative: "auto" falls back and says so, asking for it raises
 NO_FORWARD = {
     ("group norm", Hessian),
-    *(("checkpointed", kind) for kind in (Hessian, GGN)),
+    ("checkpointed", Hessian),
     *(("spectral norm", kind) for kind in (Hessian, GGN)),
 }
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from dense_curvature import assert_same_operator, dense_ggn, dense_hessian, problem, split
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from gradcond.curvature import (
@@ -38,7 +39,7 @@ from gradcond.curvature import (
     tridiagonalize,
 )
 from gradcond.curvature.passes import SWITCHES, Draws
-from gradcond.curvature.products import Trial, probe
+from gradcond.curvature.products import Probe, Trial, probe
 
 KINDS = [Hessian, GGN, EmpiricalFisher, MonteCarloFisher]
 KIBIBYTE = 1024 if sys.platform == "darwin" else 1
@@ -91,7 +92,7 @@ def test_forward_mode_is_tried_where_it_may_win(method, keeps, building, tried, 
     (taken, product), tried = found(2.0), tried or method != "auto"
     assert bool(forwards) == tried
     assert taken.method == ("forward_over_reverse" if tried else "double_backward")
-    assert tried or product is built[-1]
+    assert tried or product is (built[-1] if keeps else None)  # used up
     assert found(0.1)[0].method == "forward_over_reverse"
 
 
@@ -202,6 +203,23 @@ def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
     assert vectors(kind(model, nn.CrossEntropyLoss(), batches), v) < first
     H = kind(model, nn.CrossEntropyLoss(), batches)
     assert peak_bytes(H.check_deterministic) / (H.shape[0] * v.element_size()) < first + 1.1
+
+
+@pytest.mark.parametrize("kind, activations", [(Hessian, 24.1), (GGN, 22.1)])
+def test_graphs_of_several_batches_are_freed_as_they_are_used(kind, activations, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analysis"))
+    peak_bytes = importlib.import_module("step_timing").peak_bytes
+    monkeypatch.setattr(kind, "_forward_costs", 1e9)  # forward mode cannot win
+    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.Tanh())))
+    batches = [(torch.randn(4000, 16), torch.zeros(4000).long()) for _ in range(2)]
+    H = kind(model, nn.CrossEntropyLoss(), batches)
+    v = torch.ones(H.shape[0])
+    for _ in range(2):  # the trial of the first one, too
+        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < activations  # of twelve layers
+    if kind is GGN:
+        H = kind(model, nn.CrossEntropyLoss(), batches, method="forward_over_reverse")
+        H @ v
+        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < 15.1
 
 
 def test_what_the_first_product_tries_it_uses(monkeypatch):
@@ -414,6 +432,78 @@ def test_a_kept_graph_that_draws_repeats_itself():
     assert after == before
 
 
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_several_columns_by_forward_mode_see_the_same_draws(batches):
+    class Depth(nn.Module):
+        def forward(self, x):
+            return (random.random() + np.random.rand()) * x
+
+    _, x, y = problem()
+    model = nn.Sequential(nn.Linear(4, 4), Depth(), nn.Linear(4, 3))
+    G = GGN(model, nn.CrossEntropyLoss(), split(x, y, 6 // batches))
+    G.probe = Probe("double_backward", "long enough to try others", {"double_backward": 0.01})
+    V = torch.randn(G.shape[0], 4)
+    before = random.getstate(), str(np.random.get_state(legacy=False))
+    expected = torch.stack([G @ v for v in V.unbind(1)], 1)
+    for G._way, G._tried in ((None, 0), (0, 4), (1, 4)):
+        torch.testing.assert_close(G @ V, expected)
+        assert (random.getstate(), str(np.random.get_state(legacy=False))) == before
+
+
+class Recomputed(nn.Module):
+    def forward(self, x):
+        q = x[None, None]
+        return checkpoint(lambda x: x * F.scaled_dot_product_attention(q, q, q)[0, 0], x, use_reentrant=False)
+
+
+class Hooked(nn.Module):
+    def forward(self, x):
+        x = x.tanh()
+        x.register_hook(lambda g: g)
+        return x
+
+
+class Looks(DrawsInBackward):
+    @staticmethod
+    def backward(ctx, g):
+        return LooksInSecond.apply(g)
+
+
+class LooksInSecond(DrawsInSecond):
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 + torch.backends.cuda.flash_sdp_enabled())
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return Looks.apply(x)
+
+
+@pytest.mark.parametrize("layer, quiet", [(nn.Tanh, True), (Recomputed, False), (Hooked, False), (Own, False)])
+def test_what_runs_python_keeps_its_surroundings(layer, quiet):
+    _, x, y = problem()
+    H = Hessian(nn.Sequential(nn.Linear(4, 4), layer(), nn.Linear(4, 3)), nn.CrossEntropyLoss(), [(x, y)])
+    v = torch.ones(H.shape[0])
+    first = H @ v
+    for _ in range(3):
+        torch.testing.assert_close(H @ v, first, rtol=0, atol=0)
+    assert (H._kept.quiet, H._kept.draws) == (quiet, False)
+
+
+def test_a_profiler_is_left_alone():
+    H = Hessian(*problem()[:1], nn.CrossEntropyLoss(), [problem()[1:]])
+    v, seen = torch.ones(H.shape[0]), []
+    H @ v
+    sys.setprofile(lambda *event: seen.append(event))
+    try:
+        H @ v
+        assert sys.getprofile() is not None
+    finally:
+        sys.setprofile(None)
+    assert seen and not H._kept.quiet
+
+
 def noisy(output, target):
     return (1 + np.random.rand() + random.random()) * F.cross_entropy(output, target)
 
@@ -436,12 +526,12 @@ def test_every_generator_of_numpy_is_put_back(generator):
     try:
         np.random.set_bit_generator(getattr(np.random, generator)(7))
         np.random.randn()  # leaves a second number waiting
-        before, twin = np.random.get_state(legacy=False), Draws()
         H = Hessian(*problem()[:1], noisy, [problem()[1:]])
+        before, twin = np.random.get_state(legacy=False), Draws()
         H @ torch.ones(H.shape[0])
-        assert str(np.random.get_state(legacy=False)) == str(before) and twin.only_torch_since()
+        assert str(np.random.get_state(legacy=False)) == str(before) and twin.unmoved()
         numbers = np.random.randn(700)
-        assert not twin.only_torch_since()
+        assert not twin.unmoved()
         twin.restore()
         assert np.array_equal(np.random.randn(700), numbers)
     finally:

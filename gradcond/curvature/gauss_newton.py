@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_
 from gradcond.curvature.root import Root, root_of
 from gradcond.curvature.vectors import parts_of
 
+Tops = Callable[[nn.Module, Any], list[Tensor]]
 Bend = Callable[[Parts, bool], Parts]  # the product with B
 
 
@@ -29,11 +31,16 @@ class GaussNewtonOperator(LossOperator):
     def _tops(self, output: Any, batch: Any, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
         """The tensors whose Jacobian is J, and the product with B."""
 
-    def _evaluate(self, evaluation: Evaluation, parameters: dict[str, Tensor] | None = None) -> tuple[Any, Any]:
+    def _tops_alone(self, evaluation: Evaluation) -> Tops:
+        """These tensors, or all that they are taken from."""
+        return lambda model, batch: self._tops(self.objective.output(model, batch), batch, evaluation)[0]
+
+    def _evaluate(self, evaluation: Evaluation) -> tuple[list[Tensor], Bend]:
         def function(model: nn.Module, batch: Any) -> tuple[list[Tensor], Bend]:
             return self._tops(self.objective.output(model, batch), batch, evaluation)
 
-        return evaluation(function, parameters)
+        result: tuple[list[Tensor], Bend] = evaluation(function)
+        return result
 
     def _double_backward(self, evaluation: Evaluation) -> Product:
         names, parameters = self.names, evaluation.parameters
@@ -55,28 +62,27 @@ class GaussNewtonOperator(LossOperator):
                 return [torch.zeros_like(part) for part in parts]
             pushed: Parts
             if forward:
-                pushed = outputs_along(evaluation, names, {names[i]: part for i, part in moved.items()})
+                of_name = {names[i]: part for i, part in moved.items()}
+                pushed = along(evaluation, outputs(evaluation), names, of_name, batched)
+                pushed = list(itertools.compress(pushed, evaluation.moving or ()))
             else:
-                pushed = grad([slopes[i] for i in moved], dummies, list(moved.values()), batched=batched)
+                above, free = [slopes[i] for i in moved], evaluation.frees
+                pushed = grad(above, dummies, list(moved.values()), batched=batched, free=free)
             below = [parameters[i] for i in own]
             return grad(tops, below, bend(pushed, batched), batched=batched, free=evaluation.frees)
 
         return product
 
     def _forward_over_reverse(self, evaluation: Evaluation) -> Product:
-        names, parameters = self.names, evaluation.parameters
-        of_name = dict(zip(names, parameters, strict=True))
+        evaluation.once = False  # two passes hold half of what a single one of forward mode with a graph does
 
         def product(parts: Parts, batched: bool, forward: bool = False) -> Parts:
-            if forward:
-                tops, bend = self._evaluate(evaluation)
-                pushed = outputs_along(evaluation, names, dict(zip(names, parts, strict=True)))
-            else:
-                with duals(of_name, parts) as moved:
-                    tops, bend = self._evaluate(evaluation, moved)
-                    both = [primal_and_tangent(z) for z in tops]
-                tops, pushed = [primal for primal, _ in both], [tangent.detach() for _, tangent in both]
-            return grad(tops, parameters, bend(pushed, batched), batched=batched, free=True)
+            of_name = dict(zip(self.names, parts, strict=True))
+            pushed = along(evaluation, self._tops_alone(evaluation), self.names, of_name, batched)
+            tops, bend = self._evaluate(evaluation)
+            if evaluation.moving is not None:
+                pushed = list(itertools.compress(pushed, evaluation.moving))
+            return grad(tops, evaluation.parameters, bend(pushed, batched), batched=batched, free=True)
 
         return product
 
@@ -128,14 +134,20 @@ def _written_out(tops: Sequence[Tensor], bend: Bend) -> Tensor:
     return torch.stack([torch.cat([part.detach().flatten().double() for part in own]) for own in columns])
 
 
-def outputs_along(evaluation: Evaluation, names: Sequence[str], parts: Mapping[str, Tensor]) -> list[Tensor]:
-    """J V of the outputs that move, by forward mode: for stacked vectors, in one pass without a graph."""
+def outputs(evaluation: Evaluation) -> Tops:
+    """All tensors of the output."""
+    return lambda model, batch: tensors_in(evaluation.objective.output(model, batch))
+
+
+def along(
+    evaluation: Evaluation, tops: Tops, names: Sequence[str], parts: Mapping[str, Tensor], batched: bool
+) -> list[Tensor]:
+    """J v by forward mode, without a graph; of stacked vectors in one pass."""
     primals = {name: p.detach() for name, p in zip(names, evaluation.parameters, strict=True) if name in parts}
-
-    def outputs(moved: dict[str, Tensor]) -> list[Tensor]:
-        output = evaluation(evaluation.objective.output, moved)
-        return list(itertools.compress(tensors_in(output), evaluation.moving))
-
-    warm_forward_mode()
     with torch.no_grad():
-        return list(torch.vmap(lambda own: torch.func.jvp(outputs, (primals,), (own,))[1])(parts))
+        if not batched:
+            with duals(primals, list(parts.values())) as moved:
+                return [primal_and_tangent(z)[1] for z in evaluation(tops, moved)]
+        warm_forward_mode()
+        function = functools.partial(evaluation, tops)
+        return list(torch.vmap(lambda own: torch.func.jvp(function, (primals,), (own,))[1])(parts))

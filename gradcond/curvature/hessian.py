@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator
+from gradcond.curvature.gauss_newton import Bend, GaussNewtonOperator, Tops, outputs
 from gradcond.curvature.loss_operator import Evaluation, LossOperator
 from gradcond.curvature.passes import map_tensors
 from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent, roots
@@ -131,14 +131,14 @@ class GGN(GaussNewtonOperator):
         # cut the graph at the outputs: the loss above, the model below
         tops: list[Tensor] = []
         leaves: list[Tensor] = []
-        evaluation.moving = []
+        evaluation.moving = moving = []
 
         def cut(z: Tensor) -> Tensor:
-            evaluation.moving.append(z.requires_grad)
+            moving.append(z.requires_grad)
             if not z.requires_grad:
                 return z
             tops.append(z)
-            leaves.append(primal_and_tangent(z)[0].detach().requires_grad_())
+            leaves.append(z.detach().requires_grad_())
             return leaves[-1]
 
         value, evaluation.share = self.objective.of(map_tensors(output, cut), batch)
@@ -156,6 +156,9 @@ class GGN(GaussNewtonOperator):
             return grad([slopes[i] for i in curved], leaves, [parts[i] for i in curved], batched=batched)
 
         return tops, bend
+
+    def _tops_alone(self, evaluation: Evaluation) -> Tops:
+        return outputs(evaluation)
 
     def _ways(self, product: Product) -> list[Product]:
         ways = super()._ways(product)

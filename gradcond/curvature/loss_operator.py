@@ -8,13 +8,13 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradcond.curvature.culprit import culprit
+from gradcond.curvature.kept import Kept
 from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
 from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, normal, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
@@ -50,7 +50,7 @@ class Evaluation:
         self.share: Share | None = None  # of the batch in the mean, once it has been evaluated
         self.once = False  # it is evaluated no more than once from now on
         self.frees = False  # and its graph is for a single product
-        self.moving: list[bool] = []  # which tensors of the output depend on the parameters
+        self.moving: list[bool] | None = None  # which tensors of the output depend on the parameters
         self.noise: Tensor | None = None  # what a Monte-Carlo operator drew for it
         self.start = 0  # and its place among the numbers drawn for all data
         self._draws: Draws | None = None
@@ -73,23 +73,6 @@ class Evaluation:
 
         value, self.share = self(of_batch, parameters)
         return value
-
-
-@dataclass
-class Kept:
-    """A product with its graph, and all that it depends on."""
-
-    snapshot: Snapshot
-    product: Product
-    share: Share | None
-    parameters: Sequence[Tensor]
-    only_torch: bool = False  # whether a product has shown to draw nothing from other generators than torch's
-
-    @functools.cached_property
-    def divisor(self) -> Any:
-        """What the product is divided by where this batch is all."""
-        assert self.share is not None
-        return divisor(*Mean(self.share).sums)
 
 
 def _form(p: Tensor) -> tuple[Any, ...]:
@@ -319,15 +302,11 @@ class LossOperator(Operator):
         if kept is None or not self._is_alone or not kept.snapshot.holds(*self._things(self.data)):
             total = self._mean(of_batch, sum(sizes))
         else:
-            added = self._sum(sum(sizes))
-            # a backward pass may draw, too
-            with left_as_found(self.model, kept.parameters, self.data, self._seed, kept.only_torch):
-                before = None if kept.only_torch else Draws()
-                added.add(rows(kept.product, kept.parameters))
-                # the whole product, for that of a block needs no more than a part of the graph
-                whole = any(places is None for places, _ in asked)
-                kept.only_torch = before is None or (whole and before.only_torch_since())
-                total = added().div_(kept.divisor)
+            added, alone = self._sum(sum(sizes)), all(V.shape[1] == 1 for _, V in asked)
+            whole = any(places is None for places, _ in asked) if alone else None
+            product, parameters = kept.product, kept.parameters
+            kept.again(lambda: added.add(rows(product, parameters)), self.model, self.data, self._seed, whole)
+            total = added().div_(kept.divisor)
         return [part.view(V.shape[1], -1).mT for (_, V), part in zip(asked, total.split(sizes), strict=True)]
 
     def _sum(self, size: int) -> Sum:
@@ -383,7 +362,7 @@ class LossOperator(Operator):
         product = None
         if self.probe is None:
             self.probe, product = self._probe(evaluation)
-        evaluation.once, evaluation.frees = once or not self._goes_forward, once
+        evaluation.once = evaluation.frees = once
         if self._goes_forward:
             return self._forward_over_reverse(evaluation)
         return self._double_backward(evaluation) if product is None else product
@@ -420,11 +399,13 @@ class LossOperator(Operator):
     def _probe(self, evaluation: Evaluation) -> tuple[Probe, Product | None]:
         if self.method == "double_backward":
             return Probe(self.method, "asked for"), None
+        keeps = num_batches(self.data) == 1
+        evaluation.frees = not keeps
         trial = Trial(
             lambda: self._double_backward(evaluation),
             self._forward_over_reverse(evaluation),
             self._random(evaluation.parameters),
-            keeps=num_batches(self.data) == 1,
+            keeps=keeps,
             costs=self._forward_costs,
         )
         return probe(trial, self.method, self.dtype)

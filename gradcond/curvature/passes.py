@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -133,16 +134,38 @@ SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], None], bool], ...] = 
 
 @contextmanager
 def left_as_found(
-    model: nn.Module, parameters: Iterable[Tensor], data: Any, seed: int, only_torch: bool = False
+    model: nn.Module, parameters: Iterable[Tensor], data: Any, seed: int, draws: bool = True
 ) -> Iterator[None]:
     """Second derivatives work inside; random states and switches are put back afterwards.
 
-    ``only_torch`` is for what is known to draw nothing from Python's and NumPy's generators.
+    ``draws=False`` is for what is known to draw nothing.
     """
     modules = list(model.modules())
-    with torch.inference_mode(False), torch.enable_grad(), _switched(modules), _without_hooks(modules, parameters):
-        with _seeded(data, seed, only_torch), _renormalized_back(modules):
+    with torch.inference_mode(False), torch.enable_grad(), _switched(modules), without_hooks(modules, parameters):
+        with _seeded(data, seed) if draws else nullcontext(), _renormalized_back(modules):
             yield
+
+
+def calls_python(action: Callable[[], object]) -> bool:
+    """Do it; whether its backward passes called Python: functions of somebody's own, hooks, checkpoints."""
+    if sys.getprofile() is not None:  # somebody else looks
+        action()
+        return True
+    inside, called = 0, False
+
+    def look(frame: types.FrameType, event: str, arg: Any) -> None:
+        nonlocal inside, called
+        if event == "call":
+            called = called or inside > 0
+        elif event != "return" and getattr(arg, "__name__", None) == "run_backward":
+            inside += 1 if event == "c_call" else -1
+
+    sys.setprofile(look)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)
+    return called
 
 
 @contextmanager
@@ -168,7 +191,7 @@ def _switched(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _without_hooks(modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> Iterator[None]:
+def without_hooks(modules: Sequence[nn.Module], parameters: Iterable[Tensor]) -> Iterator[None]:
     """A gradient hook on a parameter or module changes what is learned, not the loss whose curvature we want."""
     hooks = [(p, p._backward_hooks) for p in parameters if p._backward_hooks is not None]
     tables = [table for m in modules for table in (m._backward_hooks, m._backward_pre_hooks) if table]
@@ -202,27 +225,30 @@ def _renormalized_back(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Draws:
-    """The state of every global random generator, or of torch's alone, to be put back."""
+    """The state of every global random generator, to be put back."""
 
-    def __init__(self, only_torch: bool = False) -> None:
+    def __init__(self) -> None:
         self._torch = torch.get_rng_state()
-        self._others = None if only_torch else (random.getstate(), np.random.get_state(legacy=False))
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._python, self._numpy = random.getstate(), np.random.get_state(legacy=False)
 
     def restore(self) -> None:
         """Put the state back."""
         torch.set_rng_state(self._torch)
         for device, state in enumerate(self._cuda):
             torch.cuda.set_rng_state(state, device)
-        if self._others is not None:
-            random.setstate(self._others[0])
-            np.random.set_state(_listed(self._others[1]))  # lists are taken back ten times as fast as arrays
+        random.setstate(self._python)
+        np.random.set_state(_listed(self._numpy))  # lists are taken back ten times as fast as arrays
 
-    def only_torch_since(self) -> bool:
-        """Whether Python's and NumPy's generators are where they were."""
-        assert self._others is not None
-        same = random.getstate() == self._others[0]
-        return same and _listed(np.random.get_state(legacy=False)) == _listed(self._others[1])
+    def unmoved(self) -> bool:
+        """Whether every generator is where it was."""
+        now = Draws()
+        return (
+            len(now._cuda) == len(self._cuda)
+            and all(map(torch.equal, [now._torch, *now._cuda], [self._torch, *self._cuda]))
+            and now._python == self._python
+            and _listed(now._numpy) == _listed(self._numpy)
+        )
 
 
 def _listed(state: Any) -> Any:
@@ -232,23 +258,22 @@ def _listed(state: Any) -> Any:
 
 
 @contextmanager
-def _seeded(data: Any, seed: int, only_torch: bool) -> Iterator[None]:
+def _seeded(data: Any, seed: int) -> Iterator[None]:
     """Every generator a pass may draw from starts at the seed, and is put back afterwards."""
     sampler, of_batches = (getattr(data, name, None) for name in ("sampler", "batch_sampler"))
     owners = (data, sampler, of_batches, getattr(of_batches, "sampler", None))
     generators = {
         id(g): g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)
     }
-    states, draws = [(g, g.get_state()) for g in generators.values()], Draws(only_torch)
+    states, draws = [(g, g.get_state()) for g in generators.values()], Draws()
     try:
         torch.default_generator.manual_seed(seed)
         if draws._cuda:
             torch.cuda.manual_seed_all(seed)
         for generator, _ in states:
             generator.manual_seed(seed)
-        if not only_torch:
-            random.seed(seed)
-            np.random.seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         yield
     finally:
         draws.restore()

@@ -110,23 +110,28 @@ class Trial:
     keeps: bool  # whether that graph is kept from product to product: building it does not count
     costs: float  # least time of a product by forward mode, in times of building, as it computes all that, too
     seconds: dict[str, float] = field(default_factory=dict)
-    building: float = 0.0
+    building: float = math.inf
     product: Product | None = None  # by double backward, the last one built
 
     def by_double_backward(self) -> Parts:
         """The product, once its graph has been built."""
         self.product = None
-        self.product, self.building = _timed(self.build, self.parts[0].device)
+        self.product, building = _timed(self.build, self.parts[0].device)
         result, applying = _timed(functools.partial(self.product, self.parts, False), self.parts[0].device)
-        self.seconds["double_backward"] = applying + (0 if self.keeps else self.building)
+        self.building = min(building, self.building)
+        self._took("double_backward", applying + (0 if self.keeps else building))
         return result
 
     def by_forward_mode(self) -> Parts:
         """The product."""
         self.product = None
         product = functools.partial(self.forward, self.parts, False)
-        result, self.seconds["forward_over_reverse"] = _timed(product, self.parts[0].device)
+        result, seconds = _timed(product, self.parts[0].device)
+        self._took("forward_over_reverse", seconds)
         return result
+
+    def _took(self, method: str, seconds: float) -> None:
+        self.seconds[method] = min(seconds, self.seconds.get(method, math.inf))
 
     @property
     def is_short(self) -> bool:
@@ -144,14 +149,14 @@ class Trial:
 
 
 def probe(trial: Trial, method: str, dtype: torch.dtype) -> tuple[Probe, Product | None]:
-    """Compares the methods on the first batch: the faster one where both agree; and what was built for it.
+    """Compares the methods on the first batch: the faster one where both agree; and what was built, if it is kept.
 
-    The second run of each counts where one of the first is short. Double backward, which has kernels for most,
+    Of two runs the quicker one counts, where the first is short. Double backward, which has kernels for most,
     is the one to agree with.
     """
 
     def taken(name: str, reason: str) -> tuple[Probe, Product | None]:
-        return Probe(name, reason, trial.seconds), trial.product
+        return Probe(name, reason, trial.seconds), trial.product if trial.keeps else None
 
     if method == "auto" and trial.decided():
         return taken("double_backward", "forward mode takes longer than building its graph")
