@@ -105,7 +105,7 @@ class GaussNewtonOperator(LossOperator):
         mean.check()
         scale = float(divisor(*mean.sums)) ** 0.5
         rows = torch.empty(size, self.shape[0], dtype=working_dtype(self.dtype), device=self.device)
-        signs, eps, left = [], torch.finfo(self.dtype).eps, enumerate(rows)
+        signs, eps, left = [], torch.finfo(self.precision).eps, enumerate(rows)
         with self._drawn(self._seed) as drawn:
             for evaluation in self._evaluations(drawn):
                 tops, bend = self._evaluate(evaluation)
