@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradcond.curvature import Operator
+
 
 def jacobian(ys, parameters):
     """(numel of y, n), one backward pass a row."""
@@ -53,6 +55,11 @@ def assert_same_operator(operator, dense, relative=1e-12):
     assert operator.shape == dense.shape
     error = (operator.to_dense().double() - dense).abs().max()
     assert error <= relative * largest, f"off by {error / largest:.1e} of the largest eigenvalue"
+    root = operator.root(10_000) if isinstance(operator, Operator) else None
+    if root is not None:
+        rows = root.rows.double()
+        error = (rows.mT @ (root.signs[:, None] * rows) - dense).abs().max()
+        assert error <= 10 * relative * largest, f"its root is off by {error / largest:.1e}"
 
 
 def split(input, target, sizes):
