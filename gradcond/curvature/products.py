@@ -110,16 +110,21 @@ class Trial:
     keeps: bool  # whether that graph is kept from product to product: building it does not count
     costs: float  # least time of a product by forward mode, in times of building, as it computes all that, too
     seconds: dict[str, float] = field(default_factory=dict)
-    building: float = math.inf
+    building: float = math.inf  # the quickest so far, as all times: others may use the machine
+    applying: float = math.inf
     product: Product | None = None  # by double backward, the last one built
 
     def by_double_backward(self) -> Parts:
         """The product, once its graph has been built."""
         self.product = None
         self.product, building = _timed(self.build, self.parts[0].device)
-        result, applying = _timed(functools.partial(self.product, self.parts, False), self.parts[0].device)
         self.building = min(building, self.building)
-        self._took("double_backward", applying + (0 if self.keeps else building))
+        return self._apply(self.product)
+
+    def _apply(self, product: Product) -> Parts:
+        result, applying = _timed(functools.partial(product, self.parts, False), self.parts[0].device)
+        self.applying = min(applying, self.applying)
+        self.seconds["double_backward"] = self.applying + (0 if self.keeps else self.building)
         return result
 
     def by_forward_mode(self) -> Parts:
@@ -127,11 +132,8 @@ class Trial:
         self.product = None
         product = functools.partial(self.forward, self.parts, False)
         result, seconds = _timed(product, self.parts[0].device)
-        self._took("forward_over_reverse", seconds)
+        self.seconds["forward_over_reverse"] = min(seconds, self.seconds.get("forward_over_reverse", math.inf))
         return result
-
-    def _took(self, method: str, seconds: float) -> None:
-        self.seconds[method] = min(seconds, self.seconds.get(method, math.inf))
 
     @property
     def is_short(self) -> bool:
@@ -143,8 +145,11 @@ class Trial:
         if not self.keeps and self.costs <= 1:
             return False
         self.by_double_backward()
-        if not self.keeps and self.is_short:
-            self.by_double_backward()
+        if self.is_short:
+            if self.keeps and self.product is not None:
+                self._apply(self.product)
+            else:
+                self.by_double_backward()
         return FASTER * self.seconds["double_backward"] <= self.costs * self.building
 
 
