@@ -212,6 +212,27 @@ def test_quantiles_count_eigenvalues_that_are_zero(shift):
     assert d.ratio(above=shift).estimate == (3 / 2 if shift else 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("least", [0.1, 1e-3])
+def test_what_has_no_curvature_stays_below_the_noise_floor(dtype, least):
+    eigenvalues = torch.cat([torch.logspace(np.log10(least), 0, 60), torch.zeros(440)])
+    A, floor = Hidden(matrix(eigenvalues).to(dtype)), 8 * torch.finfo(dtype).eps
+    for seed in range(3):
+        d = spectral_density(A, 80, 5, seed)
+        assert_close(d.weights[d.nodes.abs() > floor].sum(), torch.tensor(60 / 500), rtol=0.03, atol=0)
+        ratios = 1 / eigenvalues[:60].quantile(torch.tensor([0.45, 0.55]))
+        assert ratios[1] <= d.ratio(0.5, above=floor).estimate <= ratios[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_eigenvalue_is_as_near_as_the_residual_says(dtype):
+    g = torch.Generator().manual_seed(3)
+    A = matrix(torch.cat([torch.rand(300, generator=g) + 0.1, torch.zeros(700)])).to(dtype)
+    d, eigenvalues = spectral_density(Hidden(A), 80, 5, 3), torch.linalg.eigvalsh(A.double())
+    distances = (eigenvalues - d.nodes[:, None]).abs().min(1).values
+    assert (distances <= 2 * d.residuals + 1e-13).all()
+
+
 def test_the_same_seed_gives_the_same_density():
     A = bulk_with_outliers(0)[0]
     one, same, other = (spectral_density(A, 32, 3, seed) for seed in (1, 1, 2))
