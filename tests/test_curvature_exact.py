@@ -5,6 +5,7 @@ import pytest
 import torch
 from known_spectra import Hidden
 from scipy.integrate import trapezoid
+from scipy.linalg import hadamard
 from torch.testing import assert_close
 
 from gradcond.curvature import condition_number, exact_spectrum, spectral_density, trace
@@ -76,6 +77,25 @@ def test_a_spectrum_that_runs_into_the_noise_is_not_resolved():
     assert np.isnan(c.kappa)
     assert 1e4 < c.kappa_lower_bound < 1.1e6
     assert exact_spectrum(matrix(values)).condition.kappa == pytest.approx(1e9, rel=1e-2)
+
+
+@pytest.mark.parametrize("n", [2, 64, 512])
+@pytest.mark.parametrize("name", ["whole numbers", "two clusters", "small one"])
+def test_the_error_is_a_bound_and_zero_is_zero(name, n):
+    truth = {
+        "whole numbers": torch.randint(-8, 9, (n,), generator=torch.Generator().manual_seed(0)),
+        "two clusters": torch.cat([torch.full((n // 2,), 4.0), torch.zeros(n - n // 2)]),
+        "small one": torch.cat([torch.tensor([1.0, 2.0**-20]), torch.zeros(n - 2)]),
+    }[name].double()
+    signs = torch.from_numpy(hadamard(n)).double()
+    spectrum = exact_spectrum((signs * truth) @ signs.mT / n)  # without rounding
+    assert (spectrum.eigenvalues - truth.sort().values).abs().max() <= spectrum.error
+    assert (spectrum.eigenvalues == 0).sum() == (truth == 0).sum()
+    nonzero = truth.abs()[truth != 0]
+    assert spectrum.condition.kappa == pytest.approx(float(nonzero.max() / nonzero.min()), rel=1e-6)
+    assert spectrum.density.ratio(above=spectrum.condition.noise_floor).estimate == pytest.approx(
+        float(nonzero.max() / nonzero.sort().values[(len(nonzero) - 1) // 2]), rel=1e-6
+    )
 
 
 def test_what_is_not_symmetric_is_refused():

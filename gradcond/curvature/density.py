@@ -32,7 +32,8 @@ class SpectralDensity:
         1.000 5.000
     """
 
-    nodes: Tensor  # (m,) ascending Ritz values; those that probes share are repeated for each
+    # (m,) ascending Ritz values, zero where they cannot be told from it; what probes share is repeated for each
+    nodes: Tensor
     weights: Tensor  # (m,) their sum is one
     residuals: Tensor  # (m,) |A y - theta y|: what a node stands for lies about that near
     probes: Tensor  # (m,) the probe a node belongs to

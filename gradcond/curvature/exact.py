@@ -20,7 +20,7 @@ from gradcond.curvature.operators import Products
 class ExactSpectrum:
     """Every eigenvalue, and what the estimators estimate, computed from them. All float64, on the CPU."""
 
-    eigenvalues: Tensor  # (n,) ascending
+    eigenvalues: Tensor  # (n,) ascending; what the decomposition makes of zero is zero
     error: float  # bound on the error of each: rounding, and the asymmetry of the products
     trace: float
     density: SpectralDensity  # its nodes are the eigenvalues, each of weight 1/n; no sampling error
