@@ -458,6 +458,10 @@ REFUSED = {
     "probes": (lambda A: spectral_density(A, num_probes=0), "one probe"),
     "grid": (lambda A: spectral_density(A, grid="cubic"), "cubic"),
     "log grid": (lambda A: spectral_density(A - 2 * torch.eye(5), grid="log"), "symlog"),
+    "log grid, rounding": (
+        lambda A: spectral_density(torch.diag(torch.tensor([1, 1e-8], dtype=torch.float32)), grid="log"),
+        "above 1.19e-07, where their sign is known, got 1e-08",
+    ),
     "short grid": (lambda A: spectral_density(A, grid=torch.linspace(0.5, 2, 9)), "covers all nodes"),
     "unsorted grid": (lambda A: spectral_density(A, grid=torch.tensor([2.0, 0.0])), "ascending"),
     "endless grid": (lambda A: spectral_density(A, grid=torch.tensor([-torch.inf, torch.inf])), "finite"),

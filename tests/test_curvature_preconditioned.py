@@ -317,6 +317,11 @@ BAD = {
         saved_by(lambda p: torch.optim.SGD(p, momentum=0.9)),
         "Adagrad or AdamW.*momentum_buffer",
     ),
+    "SGD without momentum": (saved_by(lambda p: torch.optim.SGD(p)), "keeps none, as SGD without momentum"),
+    "other names": (
+        broken(lambda s: s["param_groups"][0].update(param_names=["module." + str(i) for i in range(4)])),
+        "gives its parameters other names",
+    ),
     "NAdam": (saved_by(torch.optim.NAdam), "expected the state of Adam.*momentum_decay"),
     "RAdam": (saved_by(torch.optim.RAdam), "expected the state of Adam"),
     "nothing yet": (lambda model: torch.optim.Adam(model.parameters()), "at least one step"),

@@ -80,7 +80,10 @@ def optimizer_factor(optimizer: Any, model: nn.Module) -> OptimizerFactor:
         kinds.add(kind)
         parts.append(divisor.rsqrt().flatten().to(p.device))
     if not kinds:
-        raise ValueError("expected the state of at least one step, got none for any parameter of the model")
+        raise ValueError(
+            "expected the state of at least one step, got none for any parameter of the model: the optimizer has "
+            "not stepped, keeps none, as SGD without momentum, or gives its parameters other names"
+        )
     return OptimizerFactor(torch.cat(parts), " and ".join(sorted(kinds)), tuple(without))
 
 

@@ -10,7 +10,7 @@ from gradcond.curvature.root import with_zeros
 
 
 def eigenvalues(products: Products, chunk: int) -> tuple[Tensor, float]:
-    """All n of them, ascending, float64 on the CPU, and a bound on the error of each; what may be zero is zero."""
+    """All n of them, ascending, float64 on the CPU, and a bound on the error of each; rounded zeros are zero."""
     if isinstance(products.A, Tensor) and products.A.layout == torch.strided:
         dense = products.A
     else:
@@ -23,9 +23,9 @@ def eigenvalues(products: Products, chunk: int) -> tuple[Tensor, float]:
     if len(curved) < products.n:
         dense = dense[curved, curved.mT]
     values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
-    top = max(values.abs().tolist(), default=0.0)
-    # the decomposition rounds by n eps / 8 (measured); a random symmetric matrix of Frobenius norm f has the
+    # the decomposition rounds by up to n eps / 8 (measured); a random symmetric matrix of Frobenius norm f has the
     # spectral norm 2 f / sqrt(n)
-    error = max(products.n * torch.finfo(values.dtype).eps * top, 2 * float(asymmetry))
-    values[values.abs() <= error] = 0.0
-    return with_zeros(values, products.n), max(products.eps * top, error)
+    top = max(values.abs().tolist(), default=0.0)
+    rounding = products.n * torch.finfo(values.dtype).eps * top
+    values[values.abs() <= rounding] = 0.0
+    return with_zeros(values, products.n), max(products.eps * top, rounding, 2 * float(asymmetry))

@@ -19,7 +19,7 @@ from gradcond.curvature.root import eigenvalues_by_root, with_zeros
 class ExactSpectrum:
     """Every eigenvalue, and what the estimators estimate, computed from them. All float64, on the CPU."""
 
-    eigenvalues: Tensor  # (n,) ascending; zero where they cannot be told from it
+    eigenvalues: Tensor  # (n,) ascending; what the decomposition makes of zero is zero
     error: float  # bound on the error of each: rounding, and the asymmetry of the products
     trace: float
     density: SpectralDensity  # its nodes are the eigenvalues, of weight 1/n a copy; no sampling error

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradcond.curvature.basis import CHUNK
 from gradcond.curvature.lanczos import Lanczos
 
-ZERO = 8  # x what rounding and noise do to a Ritz value: below, it cannot be told from zero
+NOISE, ROUNDING = 3, 8  # x what each does to a Ritz value: below, it cannot be told from zero (measured)
 
 
 def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,8 +40,8 @@ def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
     last = np.eye(rank)[ends - 1]  # A Q = Q T + R last
     T = block_diag(*[np.diag(run.alphas) + np.diag(run.betas, 1) + np.diag(run.betas, -1) for run in runs])
     # an orthonormal basis Q C of the joint span; what several runs have found is in it once
-    noise = max(2 * run.noise * run.size**0.5 / (run.scale or 1.0) for run in runs)
-    eps = max(runs[0].products.eps, noise)
+    noise = max(run.noise / (run.scale or 1.0) for run in runs)
+    eps = max(runs[0].products.eps, 2 * noise * max(sizes) ** 0.5)
     cut = max(10 * eps, 1e-8)  # of squared sines; the rounding of G, 1e-16, must stay far below
     g, V = eigh(G)
     kept = g > cut
@@ -51,9 +51,9 @@ def pooled(runs: list[Lanczos]) -> tuple[Tensor, Tensor, Tensor]:
     Y = C @ S
     # errors, of A and of G, grow where the vectors that a Ritz vector is made of nearly cancel
     length, top = np.linalg.norm(Y, axis=0), np.abs(nodes).max()
-    rounding = top * np.finfo(float).eps * length**2
-    nodes[np.abs(nodes) <= ZERO * (rounding + top * noise * np.maximum(length, 1))] = 0.0
-    least = rounding + top * eps * np.maximum(length, 1)
+    rounding = np.finfo(float).eps * length**2
+    nodes[np.abs(nodes) <= top * (NOISE * noise * length + ROUNDING * rounding)] = 0.0
+    least = top * (eps * np.maximum(length, 1) + rounding)
     order = np.argsort(nodes, kind="stable")
     nodes, Y, least = nodes[order], Y[:, order], least[order]
     # what A y has outside of the joint space: of the residuals, and of the directions that were cut off

@@ -35,7 +35,10 @@ def evaluation_grid(grid: str | Tensor, nodes: Tensor, eps: float) -> Tensor:
         return unit * torch.linspace(start, end, POINTS, dtype=torch.float64, device="cpu").sinh()
     if grid == "log":
         if not low > eps * top:
-            raise ValueError(f'expected positive eigenvalues for a log grid, got {low:.3g}; use "symlog"')
+            raise ValueError(
+                f"expected eigenvalues for a log grid above {eps * top:.3g}, where their sign is known, got "
+                f'{low:.3g}; use "symlog"'
+            )
         room = PADDING * (math.log(high / low) + 1)
         start, end = math.log(low) - room, math.log(high) + room
         return torch.linspace(start, end, POINTS, dtype=torch.float64, device="cpu").exp()
