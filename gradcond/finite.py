@@ -49,7 +49,8 @@ def entries(grad: Any) -> Any:
 
 def not_finite(model: nn.Module, held: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> list[str]:
     """What of these parameters' gradients and layers' inputs is not finite, for a message."""
-    ids = {id(p) for p in held}
-    tensors = {f"the gradient of {n}": entries(p.grad) for n, p in model.named_parameters() if id(p) in ids}
-    tensors |= {f"the input of {name}": m.variance for name, m in moments.items() if m is not None}
-    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    names = {id(p): name for name, p in model.named_parameters()}
+    whose = (names.get(id(p), "a parameter that is not the model's") for p in held)
+    looked_at = [(f"the gradient of {name}", entries(p.grad)) for name, p in zip(whose, held, strict=True)]
+    looked_at += [(f"the input of {name}", m.variance) for name, m in moments.items() if m is not None]
+    return [name for name, tensor in looked_at if not bool(tensor.isfinite().all())]

@@ -224,6 +224,15 @@ def test_sparse_gradients_alone_are_clipped_too():
         gradcond.wrap(torch.optim.SGD(tables[0].parameters()), tables[0], [NormClipping()]).step()
 
 
+def test_a_parameter_outside_of_the_model_is_looked_at_too():
+    model, temperature = nn.Linear(2, 2), nn.Parameter(torch.ones(()))
+    sgd = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+    optimizer = gradcond.wrap(sgd, model, [NormClipping()])
+    (model(torch.ones(1, 2)).sum() + temperature * math.inf).backward()
+    with pytest.raises(ValueError, match="got nan or inf in the gradient of a parameter that is not the model's"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["first", "second"])
 def test_one_that_is_stepped_again_beside_another_is_clipped_once(place):
     model = nn.ParameterList([torch.zeros(2), torch.zeros(2)])
