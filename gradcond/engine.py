@@ -16,7 +16,7 @@ from gradcond.capture import InputCapture
 from gradcond.clipping import Lengths
 from gradcond.conditioner import Conditioner, compose
 from gradcond.distributed import Ranks
-from gradcond.finite import not_finite, total_of
+from gradcond.finite import entries, not_finite, total_of
 from gradcond.inputs import Observer
 from gradcond.layers import find_layers, has_lazy
 from gradcond.maps import Maps, rate_of
@@ -343,11 +343,11 @@ class Engine:
     def _merged(self, moments: Mapping[str, Moments | None]) -> Mapping[str, Moments | None]:
         """The moments of all ranks; they raise together, and together notice that nothing happened."""
         if self.chain[-1].comes_last:  # it acts on every gradient of these groups
-            candidates = list(self._held().values())
+            held = list(self._held().values())
         else:
             candidates = [p for a in self.assigned for p in a.parameters]
-        held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]
-        grads = [local(p.grad) for p in held]
+            held = [p for p in candidates if (grad := p.grad) is not None and not grad.is_sparse]
+        grads = [entries(p.grad) for p in held]
         taken = [m for m in moments.values() if m is not None]
         bad, busy = False, bool(taken) or any(grad.numel() for grad in grads)
         on_cpu = all(grad.is_cpu for grad in grads)

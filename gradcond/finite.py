@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from gradcond.statistics import Moments
 
 flattened = torch._C._nn.flatten_dense_tensors  # one call, in place of one each and torch.cat
 
-__all__ = ["not_finite", "passes", "total_of"]
+__all__ = ["entries", "not_finite", "passes", "total_of"]
 
 _SMALL = 1024  # numbers: so few are cheaper to bring together than to sum up by themselves
 
@@ -41,9 +42,15 @@ def passes(tensors: Sequence[Tensor], check: bool | None) -> bool:
     return not (on_cpu if check is None else check) or cmath.isfinite(total_of(tensors, on_cpu=on_cpu))
 
 
+def entries(grad: Any) -> Any:
+    """The numbers of a gradient that are on this rank; of a sparse one those that it holds."""
+    return grad._values() if grad.is_sparse else local(grad)
+
+
 def not_finite(model: nn.Module, held: Sequence[Tensor], moments: Mapping[str, Moments | None]) -> list[str]:
     """What of these parameters' gradients and layers' inputs is not finite, for a message."""
-    ids = {id(p) for p in held}
-    tensors = {f"the gradient of {n}": local(p.grad) for n, p in model.named_parameters() if id(p) in ids}
-    tensors |= {f"the input of {name}": m.variance for name, m in moments.items() if m is not None}
-    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    names = {id(p): name for name, p in model.named_parameters()}
+    whose = (names.get(id(p), "a parameter that is not the model's") for p in held)
+    looked_at = [(f"the gradient of {name}", entries(p.grad)) for name, p in zip(whose, held, strict=True)]
+    looked_at += [(f"the input of {name}", m.variance) for name, m in moments.items() if m is not None]
+    return [name for name, tensor in looked_at if not bool(tensor.isfinite().all())]

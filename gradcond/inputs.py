@@ -12,7 +12,7 @@ from torch import Tensor
 from gradcond.layers import Layer, first_input
 from gradcond.moments import channel_moments, is_matrix, moments_of_matrices
 from gradcond.patches import meets_all, patch_moments
-from gradcond.shards import gathered
+from gradcond.shards import gathered, is_sharded
 from gradcond.statistics import Moments
 
 __all__ = ["Deferred", "Observer", "packs_saved_tensors", "samples_of"]
@@ -59,7 +59,8 @@ class Observer:
             return _fitting(layer, x)
         if not isinstance(x, Tensor):
             raise TypeError(f"expected observe of layer {layer.name!r} to return a tensor, got {type(x).__name__}")
-        x = gathered(x)
+        if is_sharded(x):
+            x = gathered(x)
         sequences = x.size(0) if x.is_nested else 0
         if x.is_nested or x.layout is not torch.strided:
             x = x.detach()

@@ -212,6 +212,27 @@ def test_a_gradient_is_clipped_and_its_length_folded_once(before):
         assert all(torch.equal(g, once[name]) for name, g in gradients(model).items())
 
 
+def test_sparse_gradients_alone_are_clipped_too():
+    tables = [nn.Embedding(5, 3, sparse=sparse, _weight=torch.ones(5, 3)) for sparse in (True, False)]
+    for table in tables:
+        optimizer = gradcond.wrap(torch.optim.SGD(table.parameters(), lr=1.0), table, [NormClipping(ratio=0.5)])
+        table(torch.tensor([1, 2, 2])).square().sum().backward()
+        optimizer.step()
+    assert_close(tables[0].weight, tables[1].weight)
+    with pytest.raises(ValueError, match="got nan or inf in the gradient of weight"):
+        tables[0].weight.grad *= math.inf
+        gradcond.wrap(torch.optim.SGD(tables[0].parameters()), tables[0], [NormClipping()]).step()
+
+
+def test_a_parameter_outside_of_the_model_is_looked_at_too():
+    model, temperature = nn.Linear(2, 2), nn.Parameter(torch.ones(()))
+    sgd = torch.optim.SGD([*model.parameters(), temperature], lr=0.1)
+    optimizer = gradcond.wrap(sgd, model, [NormClipping()])
+    (model(torch.ones(1, 2)).sum() + temperature * math.inf).backward()
+    with pytest.raises(ValueError, match="got nan or inf in the gradient of a parameter that is not the model's"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["first", "second"])
 def test_one_that_is_stepped_again_beside_another_is_clipped_once(place):
     model = nn.ParameterList([torch.zeros(2), torch.zeros(2)])
