@@ -46,6 +46,20 @@ def ending(interrupted: str = "interrupted") -> Callable[[Callable[..., int]], C
     return decorate
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and the defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a command's parser; its --help says what the command's docstring does, and every default."""
+    return argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Gather what `path` shall hold; it is written when the block ends well, and takes that name when it is whole.

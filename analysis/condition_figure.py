@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from condition_table import title
-from drawing import COLORS, heading, legend_below, panels
+from drawing import COLORS, heading, legend_below, pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,17 +19,19 @@ MOST = 24  # blocks of a panel: of more, names could not be read
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Draw what condition.json holds: a panel for each checkpoint, a row for each layer.
+    """Draw what condition.json holds: a panel for each checkpoint, a line for each layer.
 
     Filled markers are known; open ones are lower bounds.
     """
     entries = report["checkpoints"]
     names = list(dict.fromkeys(name for entry in entries for name in entry["variants"]))
-    with panels(1, len(entries), path, sharex=True) as (figure, grid):
+    with pairs(len(entries), path, sharex=True) as (figure, grid):
         most = max(min(len(entry["blocks"]), MOST) for entry in entries)
-        figure.set_size_inches(figure.get_figwidth(), max(3.2, 1.6 + 0.42 * most))
-        for axes, entry in zip(grid.flat, entries, strict=True):
+        figure.set_size_inches(figure.get_figwidth(), len(grid) * max(3.2, 1.6 + 0.42 * most))
+        for axes, entry in zip(grid.flat, entries, strict=False):
             _draw_panel(axes, entry, names)
+        low, high = np.log10(grid[0, 0].get_xlim())  # whole decades: of less, the numbers overlap
+        grid[0, 0].set_xlim(10.0 ** np.floor(low), 10.0 ** np.ceil(high))
         for row, name in enumerate(names):
             grid[0, 0].plot([], [], MARKERS[row % 7], color=COLORS[row % len(COLORS)], label=name)
         grid[0, 0].plot([], [], color="#555555", label="output units", **UNITS)
@@ -49,9 +52,10 @@ def _draw_panel(axes: Axes, entry: Mapping[str, Any], names: list[str]) -> None:
         if floor and floor["resolved"]:
             axes.plot(floor["kappa"], place, "|", color="black", markersize=16, markeredgewidth=2, zorder=1)
     left = len(entry["blocks"]) - len(blocks)
-    axes.set_yticks(range(len(blocks)), [title(block) for block in blocks])
+    axes.set_yticks(range(len(blocks)), [heading(title(block)) for block in blocks])
+    axes.xaxis.set_tick_params(labelbottom=True)
     axes.set_ylim(len(blocks) - 0.5, -0.5)
-    axes.set_xlabel("condition number κ" + (f"  ({left} more blocks in condition.json)" if left else ""))
+    axes.set_xlabel("condition number κ" + (f"\n({left} more blocks in condition.json)" if left else ""))
     axes.set_title(heading(entry["label"]))
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
-from command import ending, labels, read_json, write_json
+from command import command_parser, ending, labels, read_json, write_json
 from condition_figure import draw
 from condition_table import print_table
 from conditions import Conditions
@@ -60,10 +60,7 @@ SQUARES = {"exp_avg_sq", "square_avg", "sum"}  # what adaptive optimizers keep
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(
-        description="Condition numbers at checkpoints, before and after preconditioning, per layer and unit.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     add_options(parser.add_argument)
     parser.add_argument(
         "--units", type=positive, default=8, metavar="K", help="output units of a layer where not all are exact"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from command import ending, labels, require_folder, write_npz
+from command import command_parser, ending, labels, require_folder, write_npz
 from drawing import FORMATS, legend_below, line_style, literal, panels, require_picture
 from metrics import QUANTITIES, Curves, load_run
 
@@ -112,7 +112,7 @@ def _draw_band(axes: Axes, drawn: Curves, method: str, name: str, scale: float, 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description="Draw the convergence curves of several runs.")
+    parser = command_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder with metrics.csv")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.png", help=f"the picture: {', '.join(FORMATS)}"

@@ -37,7 +37,7 @@ import curvature_contestants as contestants
 import curvature_peers
 import numpy as np
 import torch
-from command import ending, replacing, require_folder, write_json
+from command import command_parser, ending, replacing, require_folder, write_json
 from curvature_contestants import OURS, Entries, Run, quietly
 from curvature_problems import PROBLEMS, Problem, known_spectrum, reference
 from scipy.sparse.linalg import LinearOperator
@@ -274,12 +274,14 @@ def machine(found: list[str], args: argparse.Namespace, keeps: bool) -> dict[str
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; bad values end the program with usage and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     names = (*PROBLEMS, "spectrum")
-    parser.add_argument("--problem", nargs="+", choices=names, default=["tiny"], help="default: tiny")
+    parser.add_argument(
+        "--problem", nargs="+", choices=names, default=["tiny"], help="networks, and a matrix of known spectrum"
+    )
     parser.add_argument("--peers", nargs="*", choices=curvature_peers.MODULES, help="by default all installed")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds that count (default: 3)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of a mean error (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of a mean error")
     parser.add_argument("--out", type=Path, help="folder for curvature_cost.json and curvature_cost.md")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.seeds < 1:

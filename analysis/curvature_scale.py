@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from checkpoints import load_checkpoint
-from command import InputError, ending, replacing, require_folder, write_json
+from command import InputError, command_parser, ending, replacing, require_folder, write_json
 from curvature_data import Images, Text, rise
 from curvature_growth import growth
 from curvature_problems import large_gpt
@@ -176,21 +176,21 @@ def _memory(vectors: int, held: int, *, activations: int, gradient: int) -> dict
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; bad values end the program with usage and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--growth", action="store_true", help="the full sizes of the three sweeps")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the sweeps (default: 3)")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor (default: 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the sweeps")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor")
     parser.add_argument("--network", choices=("resnet18", "gpt"), help="instead of the sweeps")
     parser.add_argument("--images", type=Path, help="of --network resnet18, an .npz")
     parser.add_argument("--text", type=Path, nargs="+", help="of --network gpt, files")
     parser.add_argument("--checkpoint", type=Path, help='a file of torch.save({"model": state_dict})')
-    parser.add_argument("--train", type=int, default=0, help="steps of SGD before (default: 0)")
-    parser.add_argument("--samples", type=int, default=2000, help="images or sequences (default: 2000)")
-    parser.add_argument("--batch", type=int, default=50, help="of a pass (default: 50)")
-    parser.add_argument("--tol", type=float, default=1e-3, help="of the eigenpairs (default: 1e-3)")
-    parser.add_argument("--vectors", type=int, default=30, help="of the basis of the eigenpairs (default: 30)")
-    parser.add_argument("--steps", type=int, default=40, help="of a probe of the density (default: 40)")
-    parser.add_argument("--probes", type=int, default=1, help="of the density (default: 1)")
+    parser.add_argument("--train", type=int, default=0, help="steps of SGD before")
+    parser.add_argument("--samples", type=int, default=2000, help="images or sequences")
+    parser.add_argument("--batch", type=int, default=50, help="of a pass")
+    parser.add_argument("--tol", type=float, default=1e-3, help="of the eigenpairs")
+    parser.add_argument("--vectors", type=int, default=30, help="of the basis of the eigenpairs")
+    parser.add_argument("--steps", type=int, default=40, help="of a probe of the density")
+    parser.add_argument("--probes", type=int, default=1, help="of the density")
     parser.add_argument("--out", type=Path, help="folder for curvature_scale.json and .npz")
     args = parser.parse_args(argv)
     if min(args.rounds, args.threads, args.samples, args.steps, args.probes) < 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,16 @@ def panels(rows: int, columns: int, path: Path, **options: Any) -> Iterator[Any]
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         with replacing(path) as file:
             figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=_undated(path))
+
+
+@contextmanager
+def pairs(count: int, path: Path, **options: Any) -> Iterator[Any]:
+    """Give a figure and a grid of axes as `panels` does, two a row, with `count` that can be seen."""
+    columns = min(count, 2)
+    with panels(math.ceil(count / columns), columns, path, **options) as (figure, grid):
+        for axes in grid.flat[count:]:
+            axes.set_visible(False)
+        yield figure, grid
 
 
 def _undated(path: Path) -> dict[str, None]:

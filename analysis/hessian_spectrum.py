@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints import Checkpoint, load_checkpoint
-from command import InputError, ending, labels
+from command import InputError, command_parser, ending, labels
 from matrices import (
     DTYPES,
     add_options,
@@ -70,10 +70,7 @@ class Before:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(
-        description="Measure and draw the spectrum of the Hessian at checkpoints.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add_options(add)
     add("--preconditioned", action="store_true", help="also of P^T H P, P from the saved optimizer")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from drawing import COLORS, heading, legend_below, panels
+from drawing import COLORS, heading, legend_below, pairs
 from spectrum_table import VARIANTS, kappa
 
 if TYPE_CHECKING:
@@ -26,18 +26,14 @@ def draw(report: Mapping[str, Any], arrays: Mapping[str, np.ndarray], path: Path
     The density is averaged over the bins of a symmetric logarithmic scale: differences of its cdf, exactly.
     """
     entries = report["checkpoints"]
-    columns = min(len(entries), 2)
-    rows = math.ceil(len(entries) / columns)
     linear, edges = _bins(arrays)
     heights = {name: _average(arrays, name, edges) for name in _shown(entries)}
     one = min(1 / entry["parameters"] for entry in entries)  # the share of a single eigenvalue
-    with panels(rows, columns, path, sharex=True, sharey=True) as (figure, grid):
+    with pairs(len(entries), path, sharex=True, sharey=True) as (figure, grid):
         _scale(grid[0, 0], linear, edges, heights, one)
         for index, (axes, entry) in enumerate(zip(grid.flat, entries, strict=False)):
             _draw_panel(axes, index, entry, arrays, edges, heights)
-        for axes in grid.flat[len(entries) :]:
-            axes.set_visible(False)
-        for axes in grid.flat[max(0, len(entries) - columns) : len(entries)]:
+        for axes in grid.flat[max(0, len(entries) - 2) : len(entries)]:
             axes.set_xlabel("eigenvalue λ  (loss per squared parameter unit)")
             axes.xaxis.set_tick_params(labelbottom=True)
         for axes in grid[:, 0]:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import step_timing
 import torch
-from command import device, ending, replacing, require_folder, write_json
+from command import command_parser, device, ending, replacing, require_folder, write_json
 from step_floor import ByHand
 from step_models import CASES, Case, perceptron, transformer
 from step_timing import Step, compare, interleaved, keep_freed_memory, spread
@@ -288,14 +288,14 @@ def machine(args: argparse.Namespace, keeps: bool) -> dict[str, str]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; bad values end the program with usage and status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=["b6"], help="networks (default: b6)")
+    parser = command_parser(__doc__)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["b6"], help="networks")
     parser.add_argument("--variants", nargs="+", help="conditioners and layers to measure; by default all")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds that count (default: 20)")
-    parser.add_argument("--warm-up", type=int, default=5, help="rounds before them (default: 5)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds that count")
+    parser.add_argument("--warm-up", type=int, default=5, help="rounds before them")
     parser.add_argument("--attention", choices=("linear", "mha"), default="linear", help="of the transformer")
     parser.add_argument("--no-bias", action="store_true", help="no biases in the layers before normalization")
-    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="default: cpu")
+    parser.add_argument("--device", type=device, default=torch.device("cpu"), help="where to compute")
     parser.add_argument("--out", type=Path, help="folder for step_cost.json and step_cost.md")
     args = parser.parse_args(argv)
     if args.rounds < 1 or args.warm_up < 0:

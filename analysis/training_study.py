@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from command import InputError, ending, read_npz, require_folder
+from command import InputError, command_parser, ending, read_npz, require_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -282,18 +282,25 @@ def read(path: Path) -> list[Result]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description="Train with many methods, learning rates and seeds.")
-    parser.add_argument("--task", choices=("digits", "scales", "mnist", "cifar10"), default="digits")
-    parser.add_argument("--data", type=Path, metavar="FILE.npz", help="the data set in Keras layout")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["SGD", "BatchNorm", "BNP"], metavar="M")
+    parser = command_parser(__doc__)
+    parser.add_argument("--task", choices=("digits", "scales", "mnist", "cifar10"), default="digits", help="data")
+    parser.add_argument("--data", type=Path, metavar="FILE.npz", help="of mnist and cifar10, in Keras layout")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["SGD", "BatchNorm", "BNP"],
+        metavar="M",
+        help=f"of {', '.join(METHODS)}",
+    )
     parser.add_argument(
         "--rates", nargs=2, type=int, default=(-6, -4), metavar=("LOW", "HIGH"), help="as powers of two"
     )
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth power only")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--momentum", type=float, default=0.0)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of start and batches")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step")
+    parser.add_argument("--steps", type=int, default=150, help="of a run")
+    parser.add_argument("--momentum", type=float, default=0.0, help="of SGD")
     parser.add_argument(
         "--select", choices=("loss", "set_loss", "test_accuracy"), default="loss", help="by what a rate is best"
     )

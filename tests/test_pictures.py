@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 
+import condition_figure
 import convergence
 import spectrum_figure
 from metrics import COLUMNS
@@ -86,3 +87,36 @@ def test_long_names_leave_room_for_what_they_name(drawn, tmp_path):
         label, panel = axes.yaxis.label.get_window_extent(), axes.get_window_extent()
         assert label.y0 >= 0 and label.y1 <= trajectory.bbox.y1
         assert panel.height > 0.4 * trajectory.bbox.height
+
+
+def conditions(*names, checkpoints=1):
+    """What the condition number command would have measured of layers with these names."""
+    kappa = {"resolved": True, "converged": True, "kappa": 10.0, "noise_floor": 1e-6}
+    blocks = [{"name": name, "kind": "Linear", "kappa": {"plain": kappa}} for name in names]
+    blocks = [block | {"units": None, "input_correlation": None} for block in blocks]
+    return {"checkpoints": [{"label": "a", "variants": ["plain"], "blocks": blocks}] * checkpoints}
+
+
+def test_names_of_layers_are_drawn_letter_by_letter(drawn, tmp_path):
+    condition_figure.draw(conditions("$x_{", "_y", "layers.0.attention.projection.query"), tmp_path / "a.png")
+    written = [text.get_text().strip("\u200b").replace("\\$", "$") for text in drawn[0].axes[0].get_yticklabels()]
+    assert written == ["$x_{ Linear", "_y Linear", "layers.0.attention.projection.qu\nery Linear"]
+
+
+@pytest.mark.parametrize("kappas", [(2.8, 3.4), (1.0, 1.0), (7.0, 2e5)], ids=str)
+def test_condition_numbers_have_whole_decades(kappas, drawn, tmp_path):
+    measured = conditions("0", "2")
+    for block, kappa in zip(measured["checkpoints"][0]["blocks"], kappas, strict=True):
+        block["kappa"] = {"plain": block["kappa"]["plain"] | {"kappa": kappa}}
+    condition_figure.draw(measured, tmp_path / "a.png")
+    (axes,) = drawn[0].axes
+    low, high = np.log10(axes.get_xlim())
+    assert low == round(low) < np.log10(min(kappas)) + 1e-9 and high == round(high) > np.log10(max(kappas))
+    assert not any(text.get_text() for text in axes.get_xticklabels(minor=True))
+
+
+def test_many_checkpoints_have_two_panels_a_row(drawn, tmp_path):
+    condition_figure.draw(conditions("0", "2", checkpoints=5), tmp_path / "a.png")
+    shown = [axes for axes in drawn[0].axes if axes.get_visible()]
+    assert len(shown) == 5 and drawn[0].get_figwidth() == 12
+    assert len({axes.get_position().x0 for axes in shown}) == 2

@@ -1,5 +1,7 @@
 """Every script of examples/ and analysis/ runs, by a glob: nothing has to be kept in step by hand."""
 
+import ast
+import inspect
 import pathlib
 import runpy
 import sys
@@ -21,7 +23,11 @@ def test_every_command_explains_itself(path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(path), run_name="__main__")
     assert stop.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "usage:" in text and "None" not in text and "False" not in text
+    if path.parent.name == "analysis":
+        assert inspect.cleandoc(ast.get_docstring(ast.parse(path.read_text()))) in text
+        assert "default: " in text
 
 
 @pytest.mark.parametrize("path", PROBLEMS, ids=lambda p: p.name)
