@@ -1,5 +1,6 @@
 """Models that other tools crash on, by both product methods, against the dense double-backward matrix."""
 
+import copy
 import tempfile
 from collections import OrderedDict
 
@@ -14,7 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from gradcond.curvature import GGN, EmpiricalFisher, Hessian, ModelLoss, MonteCarloFisher
+from gradcond.curvature import (
+    GGN,
+    DiagonalFactor,
+    EmpiricalFisher,
+    Hessian,
+    ModelLoss,
+    MonteCarloFisher,
+    Preconditioned,
+    eigsh,
+)
 from gradcond.curvature.passes import batches
 
 
@@ -347,6 +357,35 @@ def test_models_and_losses_that_write_to_the_batch(kind, method, sizes):
     assert_same_operator(kind(model, own, parts, **weighted), exact)
     assert torch.equal(torch.cat([part[0] for part in parts]), x)
     assert torch.equal(torch.cat([part[1] for part in parts]), y)
+
+
+class Long(nn.LayerNorm):
+    """A normalization that stays in float32, as those of half-precision models often do."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+@pytest.mark.parametrize("form", ["mixed", "frozen", "autocast"])
+@pytest.mark.parametrize("seed", range(3))
+def test_products_are_as_exact_as_the_shortest_dtype_within(form, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(8, 8), Long(8), nn.Tanh())))
+    x, y = torch.randn(64, 8).bfloat16(), torch.randint(0, 8, (64,))
+    for layer in model:
+        layer.to(torch.float32 if form == "autocast" or isinstance(layer, Long) else torch.bfloat16)
+        layer.requires_grad_(form != "frozen" or isinstance(layer, Long))
+    twin = copy.deepcopy(model).double()
+    exact = eigsh(Hessian(twin, nn.CrossEntropyLoss(), [(x.double(), y)]), 3).eigenvalues
+    H = Hessian(model, nn.CrossEntropyLoss(), [(x.to(model[0].weight.dtype), y)], method="double_backward")
+    P = DiagonalFactor(torch.ones(H.shape[0]).float())
+    with torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+        for A in (H, H.block("1.*"), H.block([0, 3]), H.shift(1.0), 2 * H, Preconditioned(H, P)):
+            assert (A.dtype, A.precision) == (torch.float32, torch.bfloat16)
+        found = eigsh(H, 3, tol=0.05)
+    assert found.converged.all()
+    assert float(found.eigenvalues[0]) == pytest.approx(float(exact[0]), rel=0.03)
+    assert Hessian(twin, nn.CrossEntropyLoss(), [(x.double(), y)]).precision == torch.float64
 
 
 class Once(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradcond.curvature.culprit import culprit
 from gradcond.curvature.objective import Mean, Objective, Share, divisor, require_one_kind
-from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, normal, working_dtype
+from gradcond.curvature.operators import ASYMMETRY, Operator, generator_from, normal, shortest, working_dtype
 from gradcond.curvature.passes import Draws, batches, call, left_as_found, num_batches, unwrap
 from gradcond.curvature.processes import Processes
 from gradcond.curvature.products import (
@@ -174,6 +174,14 @@ class LossOperator(Operator):
         return [forms[name][1] for name in self.names]
 
     @property
+    def precision(self) -> torch.dtype:
+        """The shortest dtype among those of all parameters, frozen ones too, and of autocast where it is on."""
+        own = [p.dtype for p in self.model.parameters() if p.dtype in ASYMMETRY]
+        if torch.float32 in own and torch.is_autocast_enabled(self.device.type):
+            own.append(torch.get_autocast_dtype(self.device.type))
+        return shortest(own)
+
+    @property
     def slices(self) -> dict[str, slice]:
         """Where each parameter lies in a vector: ``v[H.slices[name]].view(shape)``."""
         ends = torch.tensor([p.numel() for p in self.parameters], device="cpu").cumsum(0).tolist()
@@ -260,7 +268,7 @@ class LossOperator(Operator):
                 self._seed = 0
             # after it: the graph that it keeps is that of the products to come
             noise = relative_difference([other], [sketch([self @ v])])
-            if noise > ASYMMETRY[self.dtype]:
+            if noise > ASYMMETRY[self.precision]:
                 raise ValueError(
                     f"two products of the same vector differ by {noise:.1e} of their size; {self._culprit()}"
                 )
@@ -420,7 +428,7 @@ class LossOperator(Operator):
             keeps=num_batches(self.data) == 1,
             costs=self._forward_costs,
         )
-        return probe(trial, self.method, self.dtype)
+        return probe(trial, self.method, self.precision)
 
     def _random(self, parameters: Sequence[Tensor], *columns: int) -> list[Tensor]:
         """A vector for a trial, or several stacked: a wrong derivative does not hide from it."""
@@ -453,7 +461,7 @@ class LossOperator(Operator):
         ways, columns = self._ways(product), min(V.shape[1], TRIAL[self._is_quick])
         if ways and self._way is None and self._tried < columns and self._seconds < self._long:
             trial = self._random(parameters, columns)
-            self._way, self._tried = fastest_together(product, ways, trial, self.dtype), columns
+            self._way, self._tried = fastest_together(product, ways, trial, self.precision), columns
         return None if self._way is None else ways[self._way]
 
     def _ways(self, product: Product) -> list[Product]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,11 @@ ASYMMETRY = {torch.float64: 1e-5, torch.float32: 5e-3, torch.bfloat16: 0.1, torc
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of vectors: float64 stays, everything shorter is float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shortest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The one with the fewest digits."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 class Operator(ABC):
@@ -71,6 +76,11 @@ class Operator(ABC):
 
     @abstractmethod
     def _columns(self, V: Tensor) -> Tensor: ...
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The shortest dtype in which products are computed: how exact they are."""
+        return shortest([self.dtype, *(A.precision for A in self.parts)])
 
     def __matmul__(self, v: Tensor) -> Tensor:
         v = self._checked(v)
@@ -208,7 +218,8 @@ class Products:
         if self.dtype not in ASYMMETRY:
             raise ValueError(f"expected a real floating-point operator, got {self.dtype}; convert it first")
         self.work_dtype = working_dtype(self.dtype)
-        self.eps = torch.finfo(self.dtype).eps
+        self.precision: torch.dtype = getattr(A, "precision", self.dtype)
+        self.eps = torch.finfo(self.precision).eps
         if isinstance(A, Tensor):
             A = self.A = A.detach().to(self.work_dtype)
         if isinstance(A, Tensor) and A.layout == torch.strided:
@@ -233,7 +244,7 @@ class Products:
         """Raise unless |<u, A v> - <A u, v>| is rounding beside the scale of A."""
         if not math.isfinite(asymmetry) or not math.isfinite(scale):
             raise ValueError("the operator returned NaN or infinity; check the loss and the parameters")
-        if asymmetry > ASYMMETRY[self.dtype] * scale:
+        if asymmetry > ASYMMETRY[self.precision] * scale:
             raise ValueError(
                 f"expected a symmetric operator, but <u, A v> and <A u, v> differ by {asymmetry / scale:.1e} "
                 "of its size: it is not symmetric, or its products are not repeatable (dropout, random "
