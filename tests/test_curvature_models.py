@@ -359,6 +359,31 @@ def test_models_and_losses_that_write_to_the_batch(kind, method, sizes):
     assert torch.equal(torch.cat([part[1] for part in parts]), y)
 
 
+class Centered(nn.Module):
+    """Follows the mean of the outputs, as the loss of DINO does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, z, y):
+        self.mean.lerp_(z.detach().mean(0), 0.5)
+        return F.cross_entropy((z - self.mean) ** 2, y)
+
+
+@pytest.mark.parametrize("method", ["auto", "double_backward", "forward_over_reverse"])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", [Hessian, GGN])
+def test_a_loss_that_follows_the_outputs_is_left_as_it_was(kind, count, method):
+    model, loss, x, y = mlp(), Centered(), torch.randn(6, 4), torch.randint(0, 3, (6,))
+    parts = list(zip(x.chunk(count), y.chunk(count), strict=True))
+    exact = sum(
+        dense(kind, model, lambda x=x: model(x), lambda z, y=y: copy.deepcopy(loss)(z, y)) for x, y in parts
+    )
+    assert_same_operator(kind(model, loss, parts, method=method), exact / count)
+    assert not loss.mean.any()
+
+
 class Long(nn.LayerNorm):
     """A normalization that stays in float32, as those of half-precision models often do."""
 

@@ -24,9 +24,9 @@ class Hessian(LossOperator):
 
     Symmetric; over the parameters that require grad, flattened in the order of ``model.parameters()``;
     unused parameters are zero rows, tied ones appear once. The modules stay in the mode they are in, and
-    nothing is left changed: parameters, buffers, ``.grad``, flags, random states. A half-precision model takes
-    float32 vectors too. ``names`` and ``slices`` say which entries are whose; ``block("fc*.weight")`` is the
-    block of some of them.
+    nothing is left changed: parameters, buffers (those of a loss, too), batches, ``.grad``, flags, random states. A
+    half-precision model takes float32 vectors too. ``names`` and ``slices`` say which entries are whose;
+    ``block("fc*.weight")`` is the block of some of them.
 
     The losses of torch (modules and functions, also through functools.partial) are weighted exactly:
     reduction, ``ignore_index``, class weights, label smoothing. Any other loss_fn is taken as a mean over

@@ -63,7 +63,7 @@ class Evaluation:
             self._draws.restore()
         elif not self.once:
             self._draws = Draws()
-        return call(function, self.model, self.batch, parameters or {})
+        return call(function, self.model, self.batch, parameters or {}, self.objective.modules)
 
     def loss(self, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The numerator of the batch, a scalar."""

@@ -80,6 +80,12 @@ class Objective:
         self.weight_fn = weight_fn
         self.torch_loss = torch_loss(self.loss.loss_fn) if self.loss.output else None
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The loss, where it is a module that may write to its buffers, as torch's do not."""
+        loss_fn = self.loss.loss_fn
+        return [loss_fn] if self.torch_loss is None and isinstance(loss_fn, nn.Module) else []
+
     def require_output(self, kind: str) -> None:
         """Raise unless loss and model can be separated."""
         if self.loss.output is None:

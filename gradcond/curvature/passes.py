@@ -91,26 +91,30 @@ def num_batches(data: Iterable[Any]) -> int | None:
 class _Whole(nn.Module):
     """A model as a submodule, so that functional_call reaches whatever a function does with it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, beside: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.beside = model, nn.ModuleList(beside)
 
     def forward(self, function: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
         return function(self.model, batch)
 
 
 def call(
-    function: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any, parameters: Mapping[str, Tensor]
+    function: Callable[[nn.Module, Any], Any],
+    model: nn.Module,
+    batch: Any,
+    parameters: Mapping[str, Tensor],
+    beside: Sequence[nn.Module] = (),
 ) -> Any:
-    """``function(model, batch)`` with other parameters in place; buffers and batch stay as they are."""
+    """``function(model, batch)`` with other parameters in place; batch and buffers, also those beside, stay."""
     # each call gets its own copies, so running statistics move there, and what is written to an input is
     batch = map_tensors(batch, lambda t: t.detach().clone() if isinstance(t, Tensor) else t, _can_move)
-    others = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    others = {id(buffer): buffer.clone() for module in (model, *beside) for buffer in module.buffers()}
     if parameters:
         others |= {id(p): parameters[name] for name, p in model.named_parameters() if name in parameters}
     if not others:
         return function(model, batch)
-    whole = _Whole(model)
+    whole = _Whole(model, beside)
     # each place once: functional_call's own search for tied ones takes a shared module for two, and breaks it
     tensors = {
         f"{name}.{key}": others[id(tensor)]
