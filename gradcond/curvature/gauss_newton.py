@@ -109,6 +109,8 @@ class GaussNewtonOperator(LossOperator):
         with self._drawn(self._seed) as drawn:
             for evaluation in self._evaluations(drawn):
                 tops, bend = self._evaluate(evaluation)
+                if not any(z.numel() for z in tops):
+                    continue
                 columns, own = root_of(_written_out(tops, bend), eps)
                 signs.append(own.cpu())
                 for column, (i, row) in zip(columns.mT, left, strict=False):
