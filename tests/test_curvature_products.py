@@ -205,7 +205,7 @@ def test_memory_of_a_product_is_a_few_vectors(kind, monkeypatch):
     assert peak_bytes(H.check_deterministic) / (H.shape[0] * v.element_size()) < first + 1.1
 
 
-@pytest.mark.parametrize("kind, activations", [(Hessian, 25.1), (GGN, 23.1)])
+@pytest.mark.parametrize("kind, activations", [(Hessian, 25.2), (GGN, 23.2)])
 def test_graphs_of_several_batches_are_freed_as_they_are_used(kind, activations, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analysis"))
     peak_bytes = importlib.import_module("step_timing").peak_bytes
@@ -215,11 +215,11 @@ def test_graphs_of_several_batches_are_freed_as_they_are_used(kind, activations,
     H = kind(model, nn.CrossEntropyLoss(), batches)
     v = torch.ones(H.shape[0])
     for _ in range(2):  # the trial of the first one, too
-        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < activations  # of twelve layers, and the batch
+        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < activations  # of twelve layers, and a copy of the batch
     if kind is GGN:
         H = kind(model, nn.CrossEntropyLoss(), batches, method="forward_over_reverse")
         H @ v
-        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < 15.1
+        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < 15.3
 
 
 def test_what_the_first_product_tries_it_uses(monkeypatch):
