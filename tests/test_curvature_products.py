@@ -215,7 +215,7 @@ def test_graphs_of_several_batches_are_freed_as_they_are_used(kind, activations,
     H = kind(model, nn.CrossEntropyLoss(), batches)
     v = torch.ones(H.shape[0])
     for _ in range(2):  # the trial of the first one, too
-        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < activations  # of twelve layers, and a copy of the batch
+        assert peak_bytes(lambda: H @ v) / batches[0][0].nbytes < activations  # twelve layers, a copy of the batch
     if kind is GGN:
         H = kind(model, nn.CrossEntropyLoss(), batches, method="forward_over_reverse")
         H @ v
