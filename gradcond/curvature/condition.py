@@ -43,8 +43,8 @@ class ConditionNumber:
     converged: (
         bool  # whether nothing that has not converged is left above noise_floor and below the smallest that has
     )
-    kappa_lower_bound: float  # certified by one explicit product A v with a unit vector v
-    lower_bounds: Tensor  # (steps,) float64, never falling: the bound known after each Lanczos step
+    kappa_lower_bound: float  # certified by one explicit product A v with a unit vector v, or by all eigenvalues
+    lower_bounds: Tensor  # (steps,) float64, never falling: the bound known after each Lanczos step, or by these
     num_matvecs: int
 
     def __str__(self) -> str:
