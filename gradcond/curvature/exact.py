@@ -55,6 +55,7 @@ def exact_spectrum(
         ValueError: A is not square or not symmetric, or its products are not repeatable.
 
     Example:
+        >>> import torch
         >>> spectrum = exact_spectrum(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
         >>> spectrum.eigenvalues, round(spectrum.condition.kappa, 4)
         (tensor([1., 3.], dtype=torch.float64), 3.0)
