@@ -16,8 +16,11 @@ from gradcond.curvature import (
     MonteCarloFisher,
     Preconditioned,
     condition_number,
+    diagonal,
     exact_spectrum,
+    frobenius_norm,
     spectral_density,
+    trace,
 )
 from gradcond.curvature.root import Root
 
@@ -179,3 +182,16 @@ def test_densities_of_few_outputs_have_no_sampling_error():
     assert_close(d.nodes[1:], values[-45:], rtol=1e-9, atol=0)
     assert d.quantile(0.5) == 0 and d.quantile(0.5, above=1e-9) == pytest.approx(float(values[-23]), rel=1e-9)
     assert spectral_density(G, 16, 1).std_error.isnan().all()  # too few products
+
+
+def test_sums_over_the_spectrum_of_few_outputs_are_exact():
+    for name in ("cross-entropy", "indefinite", "empirical", "preconditioned"):
+        A = MATRICES[name](network(), batches([5, 3, 7]))
+        dense = A.to_dense()
+        expected = {trace: dense.trace(), diagonal: dense.diagonal(), frobenius_norm: dense.norm()}
+        for function, truth in expected.items():
+            found = function(A, 50)
+            assert_close(found.estimate, truth, rtol=1e-12, atol=1e-13 * float(dense.abs().max()))
+            assert not found.std_error.any() and found.num_matvecs <= 31
+    assert trace(A, 50, method="hutchinson").std_error > 0  # as asked for
+    assert trace(A, 20).std_error > 0  # 60 rows and a product are 31

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """An unbiased estimate (of the square, for a norm); exact, with standard error zero, when num_matvecs >= n.
+    """An unbiased estimate (of the square, for a norm); exact, with standard error zero, where the budget allows.
 
     Example:
         >>> from gradcond.curvature import trace

@@ -11,6 +11,7 @@ from torch import Tensor
 from gradcond.curvature.estimates import Estimate, Moments
 from gradcond.curvature.exchange import Exchange, Turns, exchange, in_blocks
 from gradcond.curvature.operators import Products, generator_from, signs
+from gradcond.curvature.root import checked_root
 
 LEAST_BLOCK, MOST_BLOCK, BLOCK_NUMBERS = 8, 64, 1 << 20  # probes multiplied together share the passes
 STORE = 1 << 25  # numbers: vectors that fit in here may be kept
@@ -45,7 +46,9 @@ class Quantity:
 
 def estimate(quantity: Quantity, products: Products, num_matvecs: int, seed: int, method: str | None) -> Estimate:
     """The quantity and its standard error by a method of LEAST, or the best that fits when None."""
-    method = _method(products, num_matvecs, method)
+    chosen, method = method, _method(products, num_matvecs, method)
+    if chosen is None and (few := _by_root(quantity, products, num_matvecs)) is not None:
+        return few
     if num_matvecs >= products.n:
         return _exact(quantity, products)
     generator, block = generator_from(seed), _block(products.n)
@@ -115,6 +118,16 @@ def _exact(quantity: Quantity, products: Products) -> Estimate:
             _check_symmetry(products, units, image)
         total = total + quantity.sample(units.double(), image, none).sum(0)
     return Estimate(total, torch.zeros_like(total), products.count, n)
+
+
+def _by_root(quantity: Quantity, products: Products, num_matvecs: int) -> Estimate | None:
+    """Of a matrix of few outputs, from all that it is: Q spans its range."""
+    found = checked_root(products, min(2 * (num_matvecs - 1), products.n, STORE // products.n))
+    if found is None:
+        return None
+    Q = torch.linalg.qr(found[0].rows.double().mT)[0]
+    total = quantity.known(Deflation(Q, found[0] @ Q))
+    return Estimate(total, torch.zeros_like(total), products.count, products.count)
 
 
 def _deflated(products: Products, omega: Tensor) -> Deflation:

@@ -27,7 +27,9 @@ class Root:
     signs: Tensor  # (r,) float64 on the CPU, each 1 or -1
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        return self.rows.mT @ (self.signs.to(v) * (self.rows @ v))
+        rows = self.rows.to(v.dtype)
+        inner = rows @ v
+        return rows.mT @ (self.signs.to(v).view(-1, *[1] * (v.ndim - 1)) * inner)
 
     def eigenvalues(self) -> Tensor:
         """All r of A that are not zero but for rounding, ascending, float64 on the CPU.
@@ -56,10 +58,10 @@ def root_of(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (vectors * values.abs().sqrt())[:, kept], values[kept].sign()
 
 
-def eigenvalues_by_root(
+def checked_root(
     products: Products, most: int, known: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, float] | None:
-    """All eigenvalues that are not zero but for rounding, ascending, and a bound on the error of each.
+) -> tuple[Root, Tensor, float] | None:
+    """The root of a matrix, all eigenvalues that are not zero, ascending, and a bound on the error of each.
 
     None where the matrix has no root of at most ``most`` rows. A row counts as half a product.
 
@@ -84,7 +86,15 @@ def eigenvalues_by_root(
     error = 2 * float((image - root @ z).norm() / z.norm())  # |E z| / |z| is half the norm of a random matrix E
     products.check_symmetry(error, top)
     values[values.abs() <= rounding] = 0.0
-    return values, max(products.eps * top, rounding, error)
+    return root, values, max(products.eps * top, rounding, error)
+
+
+def eigenvalues_by_root(
+    products: Products, most: int, known: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, float] | None:
+    """The eigenvalues and the error of `checked_root`."""
+    found = checked_root(products, most, known)
+    return None if found is None else found[1:]
 
 
 def with_zeros(values: Tensor, n: int, most: int | None = None) -> Tensor:

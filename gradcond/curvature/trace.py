@@ -45,7 +45,8 @@ def trace(
     error where the eigenvalues decay. Its samples are correlated; their covariance is estimated without bias and
     without products, and counts in the standard error, at least half of what their spread gives, which is up to
     1.22 times too much where they are not correlated. Its intervals of 95 % cover 92 to 98 % (of 1000 runs at six
-    spectra and 10 to 90 products of n = 100, measured). Exact from the n unit vectors when num_matvecs >= n.
+    spectra and 10 to 90 products of n = 100, measured). Exact from the n unit vectors when num_matvecs >= n, and,
+    unless a method is asked for, where a matrix has few outputs (`condition_number`).
 
     Args:
         A: any symmetric (n, n) thing with ``shape`` and ``@``.
