@@ -146,6 +146,14 @@ def test_what_is_linear_in_the_outputs_is_zero():
     assert not exact_spectrum(G).eigenvalues.any() and condition_number(G).lambda_max == 0
 
 
+def test_no_data_make_a_matrix_of_zeros():
+    nothing = [(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long))]
+    G = GGN(network(), nn.CrossEntropyLoss(reduction="sum"), nothing)
+    assert (
+        not exact_spectrum(G).eigenvalues.any() and trace(G, 9).estimate == 0 and G.root(9).rows.shape == (0, 103)
+    )
+
+
 def test_nothing_is_left_behind():
     model, data = network(), batches([5, 3])
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()

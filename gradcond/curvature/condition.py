@@ -13,10 +13,11 @@ from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
 
 from gradcond.curvature.basis import reorthogonalize_
+from gradcond.curvature.dense import with_zeros
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from
 from gradcond.curvature.ritz import lower_bounds, smallest_converged, steps_unchanged
-from gradcond.curvature.root import eigenvalues_by_root, with_zeros
+from gradcond.curvature.root import eigenvalues_by_root
 
 FLOOR = 8  # x eps x max|lambda|: float32 resolves condition numbers up to 1e6
 # a smaller eigenvalue may show up late: the smallest must have stood still, to tol, for so many steps (of 502

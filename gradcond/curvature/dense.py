@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from gradcond.curvature.operators import Products, written_out
-from gradcond.curvature.root import with_zeros
 
 
 def eigenvalues(products: Products, chunk: int) -> tuple[Tensor, float]:
@@ -23,9 +22,27 @@ def eigenvalues(products: Products, chunk: int) -> tuple[Tensor, float]:
     if len(curved) < products.n:
         dense = dense[curved, curved.mT]
     values = torch.linalg.eigvalsh((dense + dense.mT) / 2)
-    # the decomposition rounds by up to n eps / 8 (measured); a random symmetric matrix of Frobenius norm f has the
-    # spectral norm 2 f / sqrt(n)
+    # a random symmetric matrix of Frobenius norm f has the spectral norm 2 f / sqrt(n)
+    error = rounded_(values, products.n, products.eps, 2 * float(asymmetry))
+    return with_zeros(values, products.n), error
+
+
+def rounded_(values: Tensor, size: int, eps: float, error: float) -> float:
+    """Sets what the decomposition of a (size, size) matrix makes of zero to zero; bounds the error of each value.
+
+    Args:
+        values: eigenvalues, float64.
+        size: of the matrix: the decomposition rounds by up to size x eps / 8 (measured).
+        eps: of the matrix's products.
+        error: what else it lacks.
+    """
     top = max(values.abs().tolist(), default=0.0)
-    rounding = products.n * torch.finfo(values.dtype).eps * top
+    rounding = size * torch.finfo(values.dtype).eps * top
     values[values.abs() <= rounding] = 0.0
-    return with_zeros(values, products.n), max(products.eps * top, rounding, 2 * float(asymmetry))
+    return max(eps * top, rounding, error)
+
+
+def with_zeros(values: Tensor, n: int, most: int | None = None) -> Tensor:
+    """Eigenvalues that are not zero together with the zeros of the n, or with ``most`` of these; ascending."""
+    zeros = n - len(values)
+    return torch.cat([values, values.new_zeros(zeros if most is None else min(zeros, most))]).sort().values

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from gradcond.curvature.condition import ConditionNumber, condition_of
-from gradcond.curvature.dense import eigenvalues
+from gradcond.curvature.dense import eigenvalues, with_zeros
 from gradcond.curvature.density import SpectralDensity, exact_density
 from gradcond.curvature.operators import Products
-from gradcond.curvature.root import eigenvalues_by_root, with_zeros
+from gradcond.curvature.root import eigenvalues_by_root
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradcond.curvature.loss_operator import Evaluation, LossOperator
 from gradcond.curvature.memory import SHARE, available
 from gradcond.curvature.objective import Mean, divisor
-from gradcond.curvature.operators import working_dtype
+from gradcond.curvature.operators import working_dtype, written_out
 from gradcond.curvature.passes import tensors_in
 from gradcond.curvature.products import Parts, Product, duals, grad, primal_and_tangent, roots, warm_forward_mode
 from gradcond.curvature.root import Root, root_of
@@ -105,13 +105,14 @@ class GaussNewtonOperator(LossOperator):
         mean.check()
         scale = float(divisor(*mean.sums)) ** 0.5
         rows = torch.empty(size, self.shape[0], dtype=working_dtype(self.dtype), device=self.device)
-        signs, eps, left = [], torch.finfo(self.precision).eps, enumerate(rows)
+        signs = [torch.empty(0, dtype=torch.float64, device="cpu")]
+        eps, left = torch.finfo(self.precision).eps, enumerate(rows)
         with self._drawn(self._seed) as drawn:
             for evaluation in self._evaluations(drawn):
                 tops, bend = self._evaluate(evaluation)
                 if not any(z.numel() for z in tops):
                     continue
-                columns, own = root_of(_written_out(tops, bend), eps)
+                columns, own = root_of(_bent(tops, bend), eps)
                 signs.append(own.cpu())
                 for column, (i, row) in zip(columns.mT, left, strict=False):
                     slopes = grad(tops, evaluation.parameters, parts_of(column, tops))
@@ -129,11 +130,14 @@ class GaussNewtonOperator(LossOperator):
         return free is None or needed < SHARE * free
 
 
-def _written_out(tops: Sequence[Tensor], bend: Bend) -> Tensor:
-    """B (m, m), in float64, from its columns."""
-    identity = torch.eye(sum(z.numel() for z in tops), dtype=tops[0].dtype, device=tops[0].device)
-    columns = [bend(parts_of(column, tops), False) for column in identity]
-    return torch.stack([torch.cat([part.detach().flatten().double() for part in own]) for own in columns])
+def _bent(tops: Sequence[Tensor], bend: Bend) -> Tensor:
+    """B (m, m), in float64."""
+
+    def product(column: Tensor) -> Tensor:
+        bent = bend(parts_of(column[:, 0], tops), False)
+        return torch.cat([part.detach().flatten() for part in bent])[:, None]
+
+    return written_out(product, sum(z.numel() for z in tops), torch.float64, tops[0].device, 1)
 
 
 def outputs(evaluation: Evaluation) -> Tops:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradcond.curvature.dense import rounded_
 from gradcond.curvature.operators import Operator, Products, generator_from
 
 COLUMNS = 2**14  # of R that are in float64 at a time
@@ -81,12 +82,9 @@ def checked_root(
         known = z, products(z)
     z, image = known
     values = root.eigenvalues()
-    top = max(values.abs().tolist(), default=0.0)
-    rounding = len(values) * torch.finfo(values.dtype).eps * top  # of the decomposition, as of any dense matrix
     error = 2 * float((image - root @ z).norm() / z.norm())  # |E z| / |z| is half the norm of a random matrix E
-    products.check_symmetry(error, top)
-    values[values.abs() <= rounding] = 0.0
-    return root, values, max(products.eps * top, rounding, error)
+    products.check_symmetry(error, max(values.abs().tolist(), default=0.0))
+    return root, values, rounded_(values, len(values), products.eps, error)
 
 
 def eigenvalues_by_root(
@@ -95,9 +93,3 @@ def eigenvalues_by_root(
     """The eigenvalues and the error of `checked_root`."""
     found = checked_root(products, most, known)
     return None if found is None else found[1:]
-
-
-def with_zeros(values: Tensor, n: int, most: int | None = None) -> Tensor:
-    """Eigenvalues that are not zero together with the zeros of the n, or with ``most`` of these; ascending."""
-    zeros = n - len(values)
-    return torch.cat([values, values.new_zeros(zeros if most is None else min(zeros, most))]).sort().values

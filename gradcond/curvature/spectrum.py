@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradcond.curvature.dense import eigenvalues
+from gradcond.curvature.dense import eigenvalues, with_zeros
 from gradcond.curvature.density import SpectralDensity, exact_density
 from gradcond.curvature.lanczos import Lanczos
 from gradcond.curvature.operators import Products, generator_from, signs
 from gradcond.curvature.pooling import pooled
-from gradcond.curvature.root import eigenvalues_by_root, with_zeros
+from gradcond.curvature.root import eigenvalues_by_root
 from gradcond.curvature.smoothing import cumulative, evaluation_grid, smooth
 
 BLOCK = 8  # columns multiplied together where all are
